@@ -1,0 +1,18 @@
+"""Channel Equilibrium backbones for MMDetection.
+
+Importing the package registers them in ``mmdet.registry.MODELS`` and lets ``torch.load(weights_only=True)`` read
+mmengine's checkpoints.
+"""
+
+from .environment import check_environment
+from .version import __version__
+
+check_environment()
+
+from .backbones import CEResNet  # noqa: E402
+from .layers import ChannelEquilibrium  # noqa: E402
+from .safe_globals import register_safe_globals  # noqa: E402
+
+register_safe_globals()
+
+__all__ = ['CEResNet', 'ChannelEquilibrium', '__version__']

@@ -1,0 +1,64 @@
+"""Check that the installed framework is one that this package works with.
+
+Nothing is installed as a dependency, since that could replace a user's own build of mmcv or a fork of mmdet. What
+counts is what ``import mmdet`` finds: OpenMMLab's distributions and import-compatible forks are treated alike.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from types import ModuleType
+
+# import name -> (oldest version that works, first version that does not); torch 2.6 is the first whose torch.load
+# refuses arbitrary code by default
+SUPPORTED = {
+    'torch': ('2.6', '3'),
+    'mmengine': ('0.10', '2'),
+    'mmcv': ('2.0', '3'),
+    'mmdet': ('3.0', '4'),
+}
+TESTED = 'torch 2.13.0, mmengine 0.10.7, mmcv 2.1.0 and mmdet 3.3.0'
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.match(r'[\d.]+', version + '.').group().split('.') if part)
+
+
+def _import(name: str) -> ModuleType:
+    try:
+        module = importlib.import_module(name)
+        if name == 'mmcv':
+            importlib.import_module('mmcv.ops')
+        return module
+    except ModuleNotFoundError as error:
+        if error.name == name:
+            problem = f'{name} is not installed'
+        elif error.name == 'mmcv._ext':
+            problem = 'the installed mmcv has no compiled operators (a lite or failed build)'
+        else:
+            problem = f'{name} does not import: {error}'
+    except Exception as error:  # mmdet asserts the version of mmcv, a broken mmcv._ext raises ImportError or OSError
+        problem = f'{name} does not import: {error}'
+    raise ImportError(_message(problem)) from None
+
+
+def _message(problem: str) -> str:
+    supported = ', '.join(f'{name} >={low},<{high}' for name, (low, high) in SUPPORTED.items())
+    return (
+        f"mmdet_ce cannot be used: {problem}. Supported: {supported}, from OpenMMLab or an import-compatible fork "
+        f"(onedl-mmdetection and its siblings); tested: {TESTED}. The package's README says how to install them."
+    )
+
+
+def check_environment() -> None:
+    """Import the framework and compare its versions with the supported ones.
+
+    Raises:
+        ImportError: If a part is missing, does not import, or has an unsupported version; the message names what was
+            found and what is supported.
+    """
+    for name, (low, high) in SUPPORTED.items():
+        version = str(_import(name).__version__)
+        if not _numbers(low) <= _numbers(version) < _numbers(high):
+            raise ImportError(_message(f'found {name} {version}'))

@@ -1,0 +1,227 @@
+"""The Channel Equilibrium block.
+
+Paper: `Channel Equilibrium Networks for Learning Deep Representation <https://arxiv.org/abs/2003.00214>`_ (ICML 2020).
+Written anew from the paper's equations and the behaviour of the released network, Tangshitao/CENet.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from mmdet.registry import MODELS
+from torch import Tensor, nn
+
+from ..ops import inverse_sqrt_newton, moments, spatial_variance
+
+# A batch whose variance is this small beside its mean square has none that float arithmetic could tell from rounding.
+NO_VARIANCE = 1e-10
+
+
+class _RunningStatistic(nn.Module):
+    """A branch with running values, updated once for each training forward pass."""
+
+    def __init__(self, momentum: float) -> None:
+        super().__init__()
+        self.momentum = momentum
+
+    @torch.no_grad()
+    def _update(self, running: Tensor, batch: Tensor) -> None:
+        # Activation checkpointing runs the forward pass again inside the backward pass: that one must not count.
+        if torch._C._current_graph_task_id() == -1:
+            running.lerp_(batch.to(running.dtype), self.momentum)
+
+
+class BatchDecorrelation(_RunningStatistic):
+    """The branch BD(x) = P_T x: one whitening matrix for each channel group, from the whole batch.
+
+    Args:
+        num_groups: Channel groups G.
+        group_size: Channels d of a group.
+        num_iterations: Newton steps T.
+        eps: Ridge added to the covariance.
+        momentum: Weight of the batch in the running values.
+    """
+
+    def __init__(self, num_groups: int, group_size: int, num_iterations: int, eps: float, momentum: float) -> None:
+        super().__init__(momentum)
+        self.num_iterations = num_iterations
+        self.eps = eps
+        self.register_buffer('running_mean', torch.zeros(num_groups, group_size, 1))
+        self.register_buffer('running_whitening', torch.eye(group_size).repeat(num_groups, 1, 1))
+
+    def forward(self, mean: Tensor, covariance: Tensor) -> Tensor:
+        """Return P_T, (G, d, d), from the batch's mean (G, d, 1) and covariance (G, d, d), and update the running values."""
+        eye = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
+        whitening = inverse_sqrt_newton(covariance + self.eps * eye, self.num_iterations)
+        self._update(self.running_mean, mean)  # kept as the released code keeps it; no output depends on it
+        self._update(self.running_whitening, whitening)
+        return whitening
+
+
+class InstanceReweighting(_RunningStatistic):
+    """The branch IR(x_n) = gate_n / s * x_n: one gate for each sample and channel (the paper's AII).
+
+    Args:
+        in_channels: Channels C.
+        reduction: The gate's bottleneck has C / reduction channels.
+        momentum: Weight of the batch in the running value.
+    """
+
+    def __init__(self, in_channels: int, reduction: int, momentum: float) -> None:
+        super().__init__(momentum)
+        hidden = in_channels // reduction
+        self.fc1 = nn.Linear(in_channels, hidden, bias=False)
+        self.norm = nn.LayerNorm(hidden)
+        self.fc2 = nn.Linear(hidden, in_channels, bias=False)
+        self.register_buffer('running_scale', torch.ones(1))
+
+    def gate(self, variance: Tensor) -> Tensor:
+        """Return sigmoid(W2 relu(LayerNorm(W1 v))), (N, C), of the spatial variance v, (N, C)."""
+        return torch.sigmoid(self.fc2(F.relu(self.norm(self.fc1(variance)))))
+
+    def batch_scale(self, variance: Tensor, mean_square: Tensor) -> Tensor:
+        """Return s = sqrt(mean of v), (1,), and update its running value.
+
+        A batch without spatial variance (all-zero, constant or 1x1 maps; the network's first step when
+        ``zero_init_residual`` zeroes the norm before CE) has nothing to be equalized: s = 1, where the formula has 0/0.
+        """
+        mean_variance = variance.mean().reshape(1)
+        has_variance = mean_variance > NO_VARIANCE * mean_square
+        scale = torch.where(has_variance, mean_variance, torch.ones_like(mean_variance)).sqrt()
+        self._update(self.running_scale, scale)
+        return scale
+
+
+@MODELS.register_module()
+class ChannelEquilibrium(nn.Module):
+    r"""Channel Equilibrium: makes the channels of one layer contribute equally.
+
+    With :math:`\lambda = \mathrm{sigmoid}(\theta)`, the output of a normalization layer becomes
+
+    .. math:: CE(x) = \lambda\,BD(x) + (1 - \lambda)\,IR(x)
+
+    where batch decorrelation BD whitens each group of channels over the batch and instance reweighting IR gates each
+    channel of each sample by its spatial variance. Both are linear in x once their statistics are known, so x is
+    multiplied only once, by the matrix :math:`M_{n,g} = \lambda P_g + (1 - \lambda)\,diag(gate_{n,g} / s)`.
+
+    In training the statistics are the batch's, gradients flow through them, and the running values move by
+    ``momentum`` towards them. In evaluation the running P_T and s are used and left alone, and the gate stays per
+    sample. Before any data was seen they are P_T = I and s = 1. Statistics, iteration and gate are computed in float32
+    at least, under autocast too; the output has the dtype of the input.
+
+    Paper: `Channel Equilibrium Networks for Learning Deep Representation <https://arxiv.org/abs/2003.00214>`_.
+
+    Args:
+        in_channels: Channels C of the input.
+        num_channels: Channels d of a decorrelation group; halved until it divides ``in_channels``.
+        num_iterations: Newton steps T. Part of the model: keep what a checkpoint was trained with.
+        reduction: The gate's bottleneck has ``in_channels // reduction`` channels.
+        eps: Ridge added to the covariance.
+        momentum: Weight of the batch in the running values.
+
+    Shape:
+        - Input: (N, C, H, W), any floating dtype.
+        - Output: the same shape, dtype and memory format.
+
+    Raises:
+        ValueError: If the channels cannot be grouped, an argument is out of range, or an input is not (N, C, H, W),
+            is empty, or has another C.
+
+    Example:
+        >>> import torch
+        >>> from mmdet_ce import ChannelEquilibrium
+        >>> ce = ChannelEquilibrium(64)
+        >>> tuple(ce(torch.rand(2, 64, 8, 8)).shape)
+        (2, 64, 8, 8)
+    """
+
+    _abbr_ = 'ce'  # the name that mmcv gives the layer where it is a plugin
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_channels: int = 16,
+        num_iterations: int = 3,
+        reduction: int = 4,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.group_size = _group_size(in_channels, num_channels)
+        if num_iterations < 1:
+            raise ValueError(f'num_iterations must be at least 1, got {num_iterations}')
+        if not 1 <= reduction <= in_channels:
+            raise ValueError(f'reduction must be between 1 and in_channels={in_channels}, got {reduction}')
+        if eps <= 0:
+            raise ValueError(f'eps must be positive, got {eps}')
+        if not 0 < momentum <= 1:
+            raise ValueError(f'momentum must be in (0, 1], got {momentum}')
+        self.num_groups = in_channels // self.group_size
+        self.theta = nn.Parameter(torch.zeros(1))
+        self.bd = BatchDecorrelation(self.num_groups, self.group_size, num_iterations, eps, momentum)
+        self.ir = InstanceReweighting(in_channels, reduction, momentum)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the block to ``x``, (N, C, H, W)."""
+        self._check_input(x)
+        with torch.autocast(x.device.type, enabled=False):
+            features = x.to(torch.promote_types(x.dtype, torch.float32))
+            matrix = self._training_matrix(features) if self.training else self._evaluation_matrix(features)
+            n, _, h, w = x.shape
+            out = matrix @ features.reshape(n, self.num_groups, self.group_size, h * w)
+            return out.reshape(x.shape).to(x.dtype)
+
+    def _training_matrix(self, x: Tensor) -> Tensor:
+        """Return M from the batch's statistics."""
+        mean, covariance, variance = moments(x, self.group_size)
+        whitening = self.bd(mean, covariance)
+        mean_square = (covariance.diagonal(dim1=1, dim2=2) + mean.squeeze(2).square()).mean()
+        scale = self.ir.batch_scale(variance, mean_square)
+        return self._mix(whitening, self.ir.gate(variance) / scale)
+
+    def _evaluation_matrix(self, x: Tensor) -> Tensor:
+        """Return M from the running P_T and s and the sample's own variance."""
+        # Cloned: a training pass may update the buffers in place before this graph's backward pass.
+        whitening = self.bd.running_whitening.clone()
+        scale = self.ir.running_scale.clone()
+        return self._mix(whitening, self.ir.gate(spatial_variance(x)) / scale)
+
+    def _mix(self, whitening: Tensor, reweighting: Tensor) -> Tensor:
+        """Return M = lambda P + (1 - lambda) diag(gate / s), (N, G, d, d)."""
+        lam = torch.sigmoid(self.theta)
+        diagonal = reweighting.unflatten(1, (self.num_groups, self.group_size)).diag_embed()
+        return lam * whitening + (1 - lam) * diagonal
+
+    @property
+    def lacks_statistics(self) -> bool:
+        """Whether no data ever updated the running values: then P_T is still exactly I and the mean exactly 0."""
+        eye = torch.eye(self.group_size, device=self.bd.running_whitening.device)
+        return bool((self.bd.running_mean == 0).all() and (self.bd.running_whitening == eye).all())
+
+    def _check_input(self, x: Tensor) -> None:
+        if x.dim() != 4 or x.shape[1] != self.in_channels or x.numel() == 0:
+            raise ValueError(
+                f'ChannelEquilibrium expects a non-empty (N, {self.in_channels}, H, W) tensor, got {tuple(x.shape)}'
+            )
+        if not x.is_floating_point():
+            raise ValueError(f'ChannelEquilibrium expects a floating-point tensor, got {x.dtype}')
+
+    def extra_repr(self) -> str:
+        """Describe the grouping."""
+        return f'{self.in_channels}, num_channels={self.group_size}, num_iterations={self.bd.num_iterations}'
+
+
+def _group_size(in_channels: int, num_channels: int) -> int:
+    """Return d: ``num_channels``, halved until it divides ``in_channels`` (as the released code does)."""
+    if in_channels < 1 or num_channels < 1:
+        raise ValueError(f'in_channels and num_channels must be positive, got {in_channels} and {num_channels}')
+    d = num_channels
+    while in_channels % d:
+        d //= 2
+    if d == 1 and num_channels > 1:
+        raise ValueError(
+            f'in_channels={in_channels} cannot be grouped: neither num_channels={num_channels} nor any of its halves '
+            'above 1 divides it; choose a num_channels that shares a larger factor with it'
+        )
+    return d

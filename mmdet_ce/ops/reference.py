@@ -1,0 +1,100 @@
+"""Channel Equilibrium written down plainly, as an oracle for the tests.
+
+Nothing here is shared with the module that trains: every equation is spelt out, sample by sample where the paper says
+so, with no regard for speed.
+Paper: `Channel Equilibrium Networks for Learning Deep Representation <https://arxiv.org/abs/2003.00214>`_.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+
+class CEReferenceOutput(NamedTuple):
+    """What one pass of the block computes."""
+
+    out: Tensor  # (N, C, H, W)
+    mean: Optional[Tensor]  # (G, d, 1), batch mean; None in evaluation
+    whitening: Tensor  # (G, d, d), P_T of the batch, or the running one in evaluation
+    scale: Tensor  # (1,), s of the batch, or the running one in evaluation
+
+
+def channel_equilibrium_reference(
+    x: Tensor,
+    theta: Tensor,
+    fc1_weight: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    fc2_weight: Tensor,
+    *,
+    group_size: int,
+    num_iterations: int = 3,
+    eps: float = 1e-5,
+    running_whitening: Optional[Tensor] = None,
+    running_scale: Optional[Tensor] = None,
+) -> CEReferenceOutput:
+    """Apply Channel Equilibrium to ``x``, by the book.
+
+    Training form unless both running values are given. Differentiable, in the dtype of ``x`` (use float64).
+
+    Args:
+        x: (N, C, H, W), the output of a normalization layer.
+        theta: (1,), lambda is its sigmoid.
+        fc1_weight: (C / r, C), W1 of the gate.
+        norm_weight: (C / r,), LayerNorm's scale.
+        norm_bias: (C / r,), LayerNorm's shift.
+        fc2_weight: (C, C / r), W2 of the gate.
+        group_size: Channels d of a decorrelation group; divides C.
+        num_iterations: Newton steps T.
+        eps: Ridge added to the covariance.
+        running_whitening: (G, d, d), P_T of the evaluation form.
+        running_scale: (1,), s of the evaluation form.
+
+    Returns:
+        The output and the statistics it was computed with.
+    """
+    n, c, h, w = x.shape
+    d, length = group_size, h * w
+    evaluation = running_whitening is not None and running_scale is not None
+
+    # Batch decorrelation: one matrix a group, from all N * H * W positions.
+    groups = x.reshape(n, c // d, d, length).permute(1, 2, 0, 3).reshape(c // d, d, n * length)  # (G, d, N L)
+    if evaluation:
+        mean, whitening = None, running_whitening
+    else:
+        mean = groups.mean(dim=2, keepdim=True)  # (G, d, 1)
+        whitening = []
+        for samples, mu in zip(groups, mean):
+            centred = samples - mu
+            sigma = eps * torch.eye(d, dtype=x.dtype, device=x.device) + centred @ centred.T / (n * length)
+            sigma_n = sigma / torch.trace(sigma)
+            p = torch.eye(d, dtype=x.dtype, device=x.device)
+            for _ in range(num_iterations):
+                p = 1.5 * p - 0.5 * torch.linalg.matrix_power(p, 3) @ sigma_n
+            whitening.append(p)
+        whitening = torch.stack(whitening)  # (G, d, d)
+    decorrelated = torch.einsum('gij,ngjhw->ngihw', whitening, x.reshape(n, c // d, d, h, w)).reshape(n, c, h, w)
+
+    # Instance reweighting: one gate a sample and channel, one scale a batch.
+    spatial_mean = x.mean(dim=(2, 3), keepdim=True)
+    variance = (x - spatial_mean).square().sum(dim=(2, 3)) / max(length - 1, 1)  # (N, C), a 1x1 map has variance 0
+    if evaluation:
+        scale = running_scale
+    else:
+        scale = variance.mean().reshape(1)
+        # A batch without any spatial variance leaves nothing to equalize: s = 1, where the paper's formula has 0 / 0.
+        scale = torch.ones_like(scale) if scale <= 1e-10 * x.square().mean() else scale.sqrt()
+    gates = []
+    for v in variance:
+        hidden = fc1_weight @ v
+        hidden = (hidden - hidden.mean()) / torch.sqrt(hidden.var(correction=0) + 1e-5)
+        hidden = torch.relu(norm_weight * hidden + norm_bias)
+        gates.append(torch.sigmoid(fc2_weight @ hidden))
+    gate = torch.stack(gates)  # (N, C)
+    reweighted = (gate / scale)[:, :, None, None] * x
+
+    lam = torch.sigmoid(theta)
+    return CEReferenceOutput(lam * decorrelated + (1 - lam) * reweighted, mean, whitening, scale)

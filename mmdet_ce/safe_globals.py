@@ -1,0 +1,55 @@
+"""Let ``torch.load(weights_only=True)`` read mmengine's checkpoints.
+
+Since torch 2.6 a checkpoint is read by an unpickler that admits tensors and plain containers only. Beside those, a
+training checkpoint of mmengine holds its message hub: ``HistoryBuffer`` objects over numpy arrays. Exactly these are
+admitted here, through torch's public allow-list; nothing of torch is replaced, and a file that asks for anything else
+is refused before any of it runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.logging.history_buffer import HistoryBuffer
+
+# numpy moved these in version 2, and a checkpoint names them as the numpy that wrote it did
+try:
+    from numpy._core.multiarray import _reconstruct, scalar
+except ImportError:
+    from numpy.core.multiarray import _reconstruct, scalar
+
+STATISTICS = ('min', 'max', 'current', 'mean')
+
+
+def getattr_of_history_buffer(obj: Any, name: str) -> Any:
+    """Stand in for ``getattr`` in checkpoints: a HistoryBuffer pickles its statistics as getattr(HistoryBuffer, name).
+
+    Args:
+        obj: What the file asks an attribute of.
+        name: The attribute's name.
+
+    Returns:
+        The statistic's function.
+
+    Raises:
+        ValueError: For any other object or name.
+    """
+    if obj is HistoryBuffer and name in STATISTICS:
+        return getattr(HistoryBuffer, name)
+    raise ValueError(f'a checkpoint may not ask for getattr({obj!r}, {name!r})')
+
+
+def register_safe_globals() -> None:
+    """Admit what mmengine's checkpoints contain; safe to call again."""
+    numpy_functions = [
+        (function, f'numpy.{package}.multiarray.{function.__name__}')
+        for function in (_reconstruct, scalar)
+        for package in ('core', '_core')
+    ]
+    dtypes = [type(np.dtype(kind)) for kind in ('float32', 'float64', 'int32', 'int64', 'bool')]
+    torch.serialization.add_safe_globals(
+        [HistoryBuffer, (getattr_of_history_buffer, 'builtins.getattr'), np.ndarray, np.dtype, *dtypes]
+        + numpy_functions
+    )

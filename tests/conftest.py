@@ -1,0 +1,50 @@
+"""Fixtures of the whole suite."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from mmdet.utils import register_all_modules
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / 'shared'
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope='session', autouse=True)
+def _mmdet_scope() -> None:
+    register_all_modules(init_default_scope=True)
+
+
+@pytest.fixture(scope='session')
+def golden() -> Path:
+    """The folder of values computed by the released code; not part of the repository."""
+    folder = SHARED / 'golden'
+    if not folder.is_dir():
+        pytest.skip(f'golden values of the released code not found at {folder}')
+    return folder
+
+
+@pytest.fixture(scope='session')
+def fill(golden: Path):
+    """The function that gave each tensor of the golden ResNet-50 its values, by released name."""
+    spec = importlib.util.spec_from_file_location('golden_fill', golden / 'fill.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.fill
+
+
+@pytest.fixture(scope='session')
+def coco_tiny() -> Path:
+    """A small real COCO subset; not part of the repository."""
+    folder = SHARED / 'coco_tiny'
+    if not folder.is_dir():
+        pytest.skip(f'COCO subset not found at {folder}')
+    return folder

@@ -1,0 +1,262 @@
+"""ChannelEquilibrium against the released code, against the plain reference, and at its edges."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from utils import assert_agree, randomize
+
+from mmdet_ce import ChannelEquilibrium
+from mmdet_ce.converters import BLOCK_NAMES, convert_official_state_dict
+from mmdet_ce.ops import channel_equilibrium_reference
+
+
+def reference(ce: ChannelEquilibrium, x: torch.Tensor):
+    """Run the oracle with the parameters of ``ce``, in its mode and dtype."""
+    running = (
+        {}
+        if ce.training
+        else dict(running_whitening=ce.bd.running_whitening, running_scale=ce.ir.running_scale)
+    )
+    return channel_equilibrium_reference(
+        x,
+        ce.theta,
+        ce.ir.fc1.weight,
+        ce.ir.norm.weight,
+        ce.ir.norm.bias,
+        ce.ir.fc2.weight,
+        group_size=ce.group_size,
+        num_iterations=ce.bd.num_iterations,
+        eps=ce.bd.eps,
+        **running,
+    )
+
+
+@pytest.mark.parametrize('name', ['c32_d16', 'c48_d32', 'c64_d64'])
+@pytest.mark.parametrize('mode', ['train', 'eval'])
+def test_block_agrees_with_released_code(golden, name, mode):
+    data = np.load(golden / f'ce_block_{name}.npz')
+    state = {key[6:]: torch.from_numpy(data[key]) for key in data.files if key.startswith('state.')}
+    ce = ChannelEquilibrium(data['x'].shape[1], num_channels=int(data['num_channels']))
+    ce.load_state_dict(convert_official_state_dict(state))
+    ce.train(mode == 'train')
+
+    x = torch.from_numpy(data['x']).requires_grad_()
+    out = ce(x)
+    out.backward(torch.from_numpy(data['grad_out']))
+
+    assert_agree(out, data[f'{mode}_out'], 1e-4, 'out')
+    assert_agree(x.grad, data[f'{mode}_grad_x'], 1e-4, 'grad_x')
+    if mode == 'train':
+        buffers, parameters = dict(ce.named_buffers()), dict(ce.named_parameters())
+        for official, ours in BLOCK_NAMES.items():
+            if ours in buffers:
+                assert_agree(buffers[ours], data[f'train_buffer.{official}'], 1e-4, ours)
+            else:
+                assert_agree(parameters[ours].grad, data[f'train_grad.{official}'], 1e-4, ours)
+    else:
+        for official, ours in BLOCK_NAMES.items():
+            assert torch.equal(ce.state_dict()[ours], state[official]), f'evaluation changed {ours}'
+
+
+SHAPES = [
+    ((2, 32, 7, 5), 16),  # two groups, odd size
+    ((3, 48, 6, 6), 32),  # 32 does not divide 48: halved
+    ((2, 64, 9, 11), 64),  # one group, as in the stem
+    ((1, 16, 3, 3), 16),  # batch 1, fewer positions than channels: singular covariance
+]
+
+
+@pytest.mark.parametrize('shape, num_channels', SHAPES)
+@pytest.mark.parametrize('training', [True, False])
+def test_block_agrees_with_float64_reference(shape, num_channels, training):
+    ce = randomize(ChannelEquilibrium(shape[1], num_channels=num_channels)).train(training)
+    double = copy.deepcopy(ce).double()
+    x = torch.randn(shape) * (0.5 + torch.rand(1, shape[1], 1, 1)) + torch.randn(1, shape[1], 1, 1)
+    grad = torch.randn(shape)
+
+    x32, x64 = x.clone().requires_grad_(), x.double().requires_grad_()
+    out = ce(x32)
+    out.backward(grad)
+    expected = reference(double, x64)
+    expected.out.backward(grad.double())
+
+    assert out.dtype == torch.float32
+    assert_agree(out, expected.out, 1e-5, 'out')
+    assert_agree(x32.grad, x64.grad, 1e-5, 'grad_x')
+    for (name, p), q in zip(ce.named_parameters(), double.parameters()):
+        assert_agree(p.grad, q.grad, 1e-5, name)
+    if training:
+        assert_agree(ce.bd.running_mean, 0.9 * double.bd.running_mean + 0.1 * expected.mean, 1e-5, 'running_mean')
+        whitening = 0.9 * double.bd.running_whitening + 0.1 * expected.whitening
+        assert_agree(ce.bd.running_whitening, whitening, 1e-5, 'running_whitening')
+        scale = 0.9 * double.ir.running_scale + 0.1 * expected.scale
+        assert_agree(ce.ir.running_scale, scale, 1e-5, 'running_scale')
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_gradcheck(training):
+    ce = randomize(ChannelEquilibrium(8, num_channels=4)).double().train(training)
+    x = torch.randn(2, 8, 3, 2, dtype=torch.float64, requires_grad=True)
+    names, parameters = zip(*ce.named_parameters())
+
+    def forward(x, *values):
+        return torch.func.functional_call(copy.deepcopy(ce), dict(zip(names, values)), (x,))
+
+    assert torch.autograd.gradcheck(forward, (x, *(p.detach().requires_grad_() for p in parameters)))
+
+
+def test_branches_are_what_the_paper_says():
+    """lambda = 1 leaves batch decorrelation alone, lambda = 0 instance reweighting."""
+    ce = ChannelEquilibrium(32, num_iterations=20).double()
+    x = torch.randn(4, 32, 16, 16, dtype=torch.float64)
+    x[:, 1] += x[:, 0]  # two correlated channels
+
+    def offdiagonal(y):
+        y = y.transpose(0, 1).flatten(1)[:16]
+        return torch.corrcoef(y).fill_diagonal_(0).abs().max()
+
+    with torch.no_grad():
+        ce.theta.fill_(50.0)
+        assert offdiagonal(x) > 0.6
+        assert offdiagonal(ce(x)) < 0.01
+        ce.theta.fill_(-50.0)
+        ratio = ce(x) / x
+    assert_agree(ratio.amax((2, 3)), ratio.amin((2, 3)), 1e-9, 'one factor a sample and channel')
+
+
+def constant(shape):
+    return torch.full(shape, 3.0)
+
+
+def one_dead_channel(shape):
+    x = torch.randn(shape)
+    x[:, 0] = 0
+    x[:, 1] = -2.0
+    return x
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize(
+    'make, shape',
+    [
+        (torch.randn, (2, 16, 1, 1)),  # 1x1 map: no spatial variance
+        (torch.randn, (1, 16, 1, 1)),  # one value a channel: no variance at all
+        (torch.randn, (1, 16, 4, 4)),
+        (torch.zeros, (2, 16, 4, 4)),
+        (constant, (2, 16, 4, 4)),
+        (one_dead_channel, (2, 16, 4, 4)),
+        (lambda s: 1e-3 * torch.randn(s), (2, 16, 4, 4)),
+        (lambda s: 1e3 * torch.randn(s), (2, 16, 4, 4)),
+    ],
+)
+def test_fresh_block_is_finite(make, shape, training):
+    ce = ChannelEquilibrium(16).train(training)
+    x = make(shape).requires_grad_()
+    out = ce(x)
+    out.square().sum().backward()
+    for tensor in (out, x.grad, *(p.grad for p in ce.parameters()), *ce.buffers()):
+        assert torch.isfinite(tensor).all()
+    # nothing is blown up either: the largest gain of the whitening (16 channels, T = 3) is 2.9, that of 1 / s is 1 / s
+    scale = x.detach().std((2, 3), correction=0).max().item() or 1.0
+    assert out.abs().max() <= x.detach().abs().max() * (3 + 2 / scale)
+
+
+def test_scale_is_exact_for_small_inputs():
+    """The divide guard does not change the formula where there is variance."""
+    ce = randomize(ChannelEquilibrium(32)).double()
+    x = 1e-3 * torch.randn(2, 32, 6, 6, dtype=torch.float64)
+    expected = reference(ce, x)
+    assert_agree(expected.scale, x.var(dim=(2, 3)).mean().sqrt().reshape(1), 1e-12, 's')
+    assert_agree(ce(x), expected.out, 1e-10, 'out')
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('scale', [1e-3, 1.0, 1e3])
+def test_autocast_keeps_statistics_in_float32(dtype, scale):
+    ce, plain = ChannelEquilibrium(32), ChannelEquilibrium(32)
+    plain.load_state_dict(ce.state_dict())
+    x = (scale * torch.randn(2, 32, 8, 8)).to(dtype)
+    with torch.autocast('cpu', dtype=dtype):
+        out = ce(x)
+    plain(x.float())
+    assert out.dtype == dtype
+    assert torch.isfinite(out).all()
+    for (name, a), b in zip(ce.named_buffers(), plain.buffers()):
+        assert torch.equal(a, b), name
+
+
+def test_evaluation_leaves_buffers_alone_and_survives_a_later_training_pass():
+    ce = randomize(ChannelEquilibrium(32)).eval()
+    before = copy.deepcopy(ce.state_dict())
+    x = torch.randn(2, 32, 4, 4)
+    out = ce(x)
+    assert all(torch.equal(before[k], v) for k, v in ce.state_dict().items())
+    ce.train()(x)  # updates in place the buffers that the graph of `out` was computed from
+    out.sum().backward()
+    assert ce.theta.grad is not None
+
+
+@pytest.mark.parametrize('use_reentrant', [True, False])
+def test_checkpointing_updates_buffers_once(use_reentrant):
+    ce = randomize(ChannelEquilibrium(32))
+    other = copy.deepcopy(ce)
+    for _ in range(5):
+        x = torch.randn(2, 32, 4, 4)
+        a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+        ce(a).square().sum().backward()
+        torch.utils.checkpoint.checkpoint(other, b, use_reentrant=use_reentrant).square().sum().backward()
+        assert torch.equal(a.grad, b.grad)
+    for (name, p), q in zip(ce.named_buffers(), other.buffers()):
+        assert torch.equal(p, q), name
+
+
+def test_num_channels_is_halved_until_it_divides():
+    assert ChannelEquilibrium(48, num_channels=32).group_size == 16
+    assert ChannelEquilibrium(24).group_size == 8
+    assert ChannelEquilibrium(64, num_channels=64).bd.running_whitening.shape == (1, 64, 64)
+
+
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (dict(in_channels=17), 'in_channels=17 cannot be grouped'),
+        (dict(in_channels=0), 'must be positive, got 0 and 16'),
+        (dict(in_channels=32, num_channels=0), 'must be positive, got 32 and 0'),
+        (dict(in_channels=32, num_iterations=0), 'num_iterations must be at least 1'),
+        (dict(in_channels=2, num_channels=2), 'reduction must be between 1 and in_channels=2, got 4'),
+        (dict(in_channels=32, eps=0.0), 'eps must be positive'),
+        (dict(in_channels=32, momentum=0.0), r'momentum must be in \(0, 1\]'),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ChannelEquilibrium(**arguments)
+
+
+@pytest.mark.parametrize('shape', [(2, 32, 4), (2, 32, 4, 4, 4), (0, 32, 4, 4), (2, 32, 0, 4), (2, 16, 4, 4)])
+def test_bad_input_shape(shape):
+    with pytest.raises(ValueError, match=r'expects a non-empty \(N, 32, H, W\) tensor, got'):
+        ChannelEquilibrium(32)(torch.zeros(shape))
+
+
+def test_bad_input_dtype():
+    with pytest.raises(ValueError, match='floating-point tensor, got torch.int64'):
+        ChannelEquilibrium(32)(torch.zeros(2, 32, 4, 4, dtype=torch.int64))
+
+
+def test_state_dict_keys():
+    """Renaming one breaks users' checkpoints."""
+    assert [*ChannelEquilibrium(32).state_dict()] == [
+        'theta',
+        'bd.running_mean',
+        'bd.running_whitening',
+        'ir.running_scale',
+        'ir.fc1.weight',
+        'ir.norm.weight',
+        'ir.norm.bias',
+        'ir.fc2.weight',
+    ]

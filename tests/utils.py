@@ -1,0 +1,37 @@
+"""Helpers shared by the tests."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+
+def assert_agree(actual: torch.Tensor, expected, tolerance: float, name: str = '') -> None:
+    """Assert that the largest difference is at most ``tolerance`` times the largest expected magnitude."""
+    expected = torch.as_tensor(np.asarray(expected)) if not torch.is_tensor(expected) else expected
+    assert actual.shape == expected.shape, f'{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}'
+    assert torch.isfinite(actual).all(), f'{name}: not finite'
+    error = (actual.double() - expected.double()).abs().max().item()
+    limit = tolerance * max(expected.abs().max().item(), torch.finfo(torch.float64).tiny)
+    assert error <= limit, f'{name}: largest difference {error:.3g}, allowed {limit:.3g}'
+
+
+def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Give every parameter and running value of a CE module a value that no initialization gives."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if not tensor.is_floating_point():
+            continue
+        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        if name.endswith('running_whitening'):
+            value = 2 * torch.eye(tensor.shape[-1]) + 0.05 * (noise + noise.transpose(1, 2))
+        elif name.endswith(('running_scale', 'running_var')):
+            value = 0.5 + noise.abs()
+        elif name.endswith('norm.weight'):
+            value = 1 + 0.2 * noise
+        elif tensor.dim() > 1:
+            value = noise / tensor[0].numel() ** 0.5
+        else:
+            value = 0.5 * noise
+        tensor.data.copy_(value)
+    return module

@@ -1,0 +1,203 @@
+"""Create ``.venv`` with the pinned stack of requirements.txt and this package, editable.
+
+Standard library only: it runs before anything is installed. Safe to repeat, and to interrupt: a finished set-up is
+recognised by a stamp and costs nothing, an unfinished one is continued. mmcv's operators take many minutes to compile,
+so the built wheel is kept in the user's cache directory and serves every later clone on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / '.venv'
+VENV_PYTHON = VENV / 'bin' / 'python'
+STAMP = VENV / '.mmdet_ce_ready'
+REQUIREMENTS = ROOT / 'requirements.txt'
+REQUIRED_PYTHON = (3, 11)
+
+# Two wheels of mmcv are interchangeable only if all of this agrees: the interpreter, the exact torch build, and
+# whether the CUDA operators were compiled (mmcv decides by a visible GPU or FORCE_CUDA) and for which architectures.
+BUILD_KEY_CODE = """
+import os, sys, platform, torch
+ops = 'cpu'
+if torch.version.cuda and (torch.cuda.is_available() or os.getenv('FORCE_CUDA', '0') == '1'):
+    archs = os.getenv('TORCH_CUDA_ARCH_LIST') or '_'.join(sorted({
+        '%d.%d' % torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}))
+    ops = 'cu' + torch.version.cuda + '-sm' + archs
+print('-'.join(['cp%d%d' % sys.version_info[:2], platform.machine(), 'torch' + torch.__version__, ops])
+      .replace(' ', '_').replace(';', '_'))
+"""
+
+CHECK_CODE = """
+import torch, mmcv.ops, mmengine, mmdet, pycocotools.mask, mmdet_ce
+boxes = torch.tensor([[0., 0., 9., 9.], [1., 1., 9., 9.]])
+assert len(mmcv.ops.nms(boxes, torch.tensor([.9, .8]), 0.5)[1]) == 1
+print(f'torch {torch.__version__}, mmcv {mmcv.__version__}, mmengine {mmengine.__version__}, '
+      f'mmdet {mmdet.__version__}, mmdet_ce {mmdet_ce.__version__}')
+"""
+
+
+def fail(message: str) -> None:
+    """Stop with one clear line."""
+    sys.exit(f'setup: error: {message}')
+
+
+def say(message: str) -> None:
+    """Print one line of progress at once."""
+    print(f'setup: {message}', flush=True)
+
+
+def check_machine() -> None:
+    """Check everything that set-up needs from the machine, before anything is downloaded."""
+    if sys.version_info[:2] != REQUIRED_PYTHON:
+        want = '.'.join(map(str, REQUIRED_PYTHON))
+        fail(f'Python {want} is needed, this is {sys.version.split()[0]} ({sys.executable}); '
+             f'install it or name it: make PYTHON=/path/to/python{want} ...')
+    if importlib.util.find_spec('ensurepip') is None:
+        fail('this Python has no venv module; install it (Debian and Ubuntu: apt install python3.11-venv)')
+    compiler = os.environ.get('CXX', 'c++').split()[0]
+    if shutil.which(compiler) is None:
+        fail(f"no C++ compiler ('{compiler}' not found), and mmcv's operators are compiled; install one "
+             '(Debian and Ubuntu: apt install g++) or set CXX')
+    if not Path(sysconfig.get_path('include'), 'Python.h').is_file():
+        fail("Python's C headers (Python.h) are missing; install them (Debian and Ubuntu: apt install python3.11-dev)")
+
+
+def fingerprint() -> str:
+    """Identify the set-up: a change of the pins, of the metadata, of this file or of the folder asks for a new run."""
+    digest = hashlib.sha256(str(ROOT).encode())
+    for path in (REQUIREMENTS, ROOT / 'setup.py', ROOT / 'pyproject.toml', Path(__file__)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def pinned(name: str) -> str:
+    """Return the requirement line of ``name``."""
+    for line in REQUIREMENTS.read_text().splitlines():
+        if line.startswith(f'{name}=='):
+            return line.strip()
+    return fail(f'{REQUIREMENTS.name} pins no {name}')
+
+
+def pip(*args: str) -> None:
+    """Run the environment's pip; its own output is the progress."""
+    command = [str(VENV_PYTHON), '-m', 'pip', '--disable-pip-version-check', *args]
+    if subprocess.run(command, cwd=ROOT).returncode:
+        fail(f'pip failed: {" ".join(command)}')
+
+
+def create_venv() -> None:
+    """Create ``.venv``, anew if it belongs to another Python or does not start."""
+    probe = 'import sys; print("%d.%d" % sys.version_info[:2])'
+    if VENV_PYTHON.exists():
+        found = subprocess.run([str(VENV_PYTHON), '-c', probe], capture_output=True, text=True).stdout.strip()
+        if found == '.'.join(map(str, REQUIRED_PYTHON)):
+            return
+    say(f'creating {VENV}')
+    subprocess.run([sys.executable, '-m', 'venv', '--clear', str(VENV)], check=True)
+
+
+def build_jobs() -> int:
+    """Return how many compilers to run at once: one a core, and 2 GiB of memory for each."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    return max(1, min(cores, memory // (2 << 30)))
+
+
+def show_build(lines, log, start: float) -> None:
+    """Copy the build's output to ``log`` and show ninja's counter: in place on a terminal, else a line a minute."""
+    tty, shown = sys.stdout.isatty(), 0.0
+    for line in lines:
+        log.write(line)
+        step = re.match(r'\s*\[(\d+)/(\d+)\]', line)
+        now = time.monotonic()
+        if not step or (not tty and now - shown < 60 and step[1] != step[2]):
+            continue
+        shown = now
+        text = f'setup: compiling mmcv {int(step[1]):>3}/{step[2]} files, {(now - start) / 60:.1f} min'
+        print(f'\r{text}' if tty else text, end='' if tty else '\n', flush=True)
+    if tty:
+        print()
+
+
+def mmcv_wheel() -> Path:
+    """Return mmcv's wheel from the cache, built first if it is not there."""
+    key = subprocess.run([str(VENV_PYTHON), '-c', BUILD_KEY_CODE], capture_output=True, text=True, check=True)
+    cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'mmdet_ce'
+    folder = cache / f'{pinned("mmcv").replace("==", "")}-{key.stdout.strip()}'
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / 'lock', 'w') as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say('another set-up is building mmcv; waiting for it')
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        wheels = sorted(folder.glob('mmcv-*.whl'))
+        if wheels:
+            say(f'mmcv from the cache: {wheels[0]}')
+            return wheels[0]
+        return build_mmcv(folder)
+
+
+def build_mmcv(folder: Path) -> Path:
+    """Compile mmcv with its operators into ``folder``; the wheel appears there only when it is whole."""
+    jobs = build_jobs()
+    say(f'compiling mmcv with its operators, {jobs} at a time: once a machine, about 16 minutes on two cores')
+    start, log_path = time.monotonic(), folder / 'build.log'
+    env = dict(os.environ, MMCV_WITH_OPS='1', MAX_JOBS=str(jobs), PYTHONUNBUFFERED='1',
+               PATH=f'{VENV / "bin"}{os.pathsep}{os.environ.get("PATH", "")}')
+    with tempfile.TemporaryDirectory(dir=folder) as scratch, open(log_path, 'w') as log:
+        command = [str(VENV_PYTHON), '-m', 'pip', '--disable-pip-version-check', 'wheel', '-v', '--no-deps',
+                   '--no-build-isolation', '--no-binary', 'mmcv', '--no-cache-dir', '-w', scratch, pinned('mmcv')]
+        process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        show_build(process.stdout, log, start)
+        wheels = list(Path(scratch).glob('mmcv-*.whl'))
+        if process.wait() or not wheels:
+            log.flush()
+            print(''.join(log_path.read_text().splitlines(keepends=True)[-30:]))
+            fail(f'building mmcv failed; the end of its output is above, all of it in {log_path}')
+        wheel = folder / wheels[0].name
+        os.replace(wheels[0], wheel)
+    say(f'mmcv built in {(time.monotonic() - start) / 60:.1f} min: {wheel}')
+    return wheel
+
+
+def main() -> None:
+    """Set up, or find that nothing is to do."""
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    if STAMP.is_file() and STAMP.read_text() == fingerprint():
+        return
+    start = time.monotonic()
+    check_machine()
+    create_venv()
+    say('1/4 torch and build tools')
+    pip('install', '-c', str(REQUIREMENTS), *map(pinned, ('torch', 'setuptools', 'wheel', 'ninja', 'psutil')))
+    say('2/4 mmcv')
+    pip('install', '--no-deps', str(mmcv_wheel()))
+    # --no-deps: requirements.txt is the whole list, with opencv-python-headless for opencv-python, which needs a screen.
+    say('3/4 mmengine, mmdet and the rest')
+    pip('install', '--no-deps', '-r', str(REQUIREMENTS))
+    say('4/4 mmdet_ce, editable')
+    pip('install', '--no-deps', '--no-build-isolation', '-e', str(ROOT))
+    check = subprocess.run([str(VENV_PYTHON), '-W', 'ignore', '-c', CHECK_CODE], cwd=ROOT, text=True, capture_output=True)
+    if check.returncode:
+        fail(f'the installed stack does not work:\n{check.stderr}')
+    STAMP.write_text(fingerprint())
+    say(f'ready in {(time.monotonic() - start) / 60:.1f} min: {check.stdout.strip()}')
+
+
+if __name__ == '__main__':
+    main()
