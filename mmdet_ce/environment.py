@@ -46,7 +46,7 @@ def _import(name: str) -> ModuleType:
 def _message(problem: str) -> str:
     supported = ', '.join(f'{name} >={low},<{high}' for name, (low, high) in SUPPORTED.items())
     return (
-        f"mmdet_ce cannot be used: {problem}. Supported: {supported}, from OpenMMLab or an import-compatible fork "
+        f'mmdet_ce cannot be used: {problem}. Supported: {supported}, from OpenMMLab or an import-compatible fork '
         f"(onedl-mmdetection and its siblings); tested: {TESTED}. The package's README says how to install them."
     )
 

@@ -64,14 +64,18 @@ def check_machine() -> None:
     """Check everything that set-up needs from the machine, before anything is downloaded."""
     if sys.version_info[:2] != REQUIRED_PYTHON:
         want = '.'.join(map(str, REQUIRED_PYTHON))
-        fail(f'Python {want} is needed, this is {sys.version.split()[0]} ({sys.executable}); '
-             f'install it or name it: make PYTHON=/path/to/python{want} ...')
+        fail(
+            f'Python {want} is needed, this is {sys.version.split()[0]} ({sys.executable}); '
+            f'install it or name it: make PYTHON=/path/to/python{want} ...'
+        )
     if importlib.util.find_spec('ensurepip') is None:
         fail('this Python has no venv module; install it (Debian and Ubuntu: apt install python3.11-venv)')
     compiler = os.environ.get('CXX', 'c++').split()[0]
     if shutil.which(compiler) is None:
-        fail(f"no C++ compiler ('{compiler}' not found), and mmcv's operators are compiled; install one "
-             '(Debian and Ubuntu: apt install g++) or set CXX')
+        fail(
+            f"no C++ compiler ('{compiler}' not found), and mmcv's operators are compiled; install one "
+            '(Debian and Ubuntu: apt install g++) or set CXX'
+        )
     if not Path(sysconfig.get_path('include'), 'Python.h').is_file():
         fail("Python's C headers (Python.h) are missing; install them (Debian and Ubuntu: apt install python3.11-dev)")
 
@@ -157,11 +161,30 @@ def build_mmcv(folder: Path) -> Path:
     jobs = build_jobs()
     say(f'compiling mmcv with its operators, {jobs} at a time: once a machine, about 16 minutes on two cores')
     start, log_path = time.monotonic(), folder / 'build.log'
-    env = dict(os.environ, MMCV_WITH_OPS='1', MAX_JOBS=str(jobs), PYTHONUNBUFFERED='1',
-               PATH=f'{VENV / "bin"}{os.pathsep}{os.environ.get("PATH", "")}')
+    env = dict(
+        os.environ,
+        MMCV_WITH_OPS='1',
+        MAX_JOBS=str(jobs),
+        PYTHONUNBUFFERED='1',
+        PATH=f'{VENV / "bin"}{os.pathsep}{os.environ.get("PATH", "")}',
+    )
     with tempfile.TemporaryDirectory(dir=folder) as scratch, open(log_path, 'w') as log:
-        command = [str(VENV_PYTHON), '-m', 'pip', '--disable-pip-version-check', 'wheel', '-v', '--no-deps',
-                   '--no-build-isolation', '--no-binary', 'mmcv', '--no-cache-dir', '-w', scratch, pinned('mmcv')]
+        command = [
+            str(VENV_PYTHON),
+            '-m',
+            'pip',
+            '--disable-pip-version-check',
+            'wheel',
+            '-v',
+            '--no-deps',
+            '--no-build-isolation',
+            '--no-binary',
+            'mmcv',
+            '--no-cache-dir',
+            '-w',
+            scratch,
+            pinned('mmcv'),
+        ]
         process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         show_build(process.stdout, log, start)
         wheels = list(Path(scratch).glob('mmcv-*.whl'))
@@ -187,12 +210,13 @@ def main() -> None:
     pip('install', '-c', str(REQUIREMENTS), *map(pinned, ('torch', 'setuptools', 'wheel', 'ninja', 'psutil')))
     say('2/4 mmcv')
     pip('install', '--no-deps', str(mmcv_wheel()))
-    # --no-deps: requirements.txt is the whole list, with opencv-python-headless for opencv-python, which needs a screen.
+    # --no-deps: requirements.txt is the whole list, with opencv-python-headless, which needs no libGL on the machine.
     say('3/4 mmengine, mmdet and the rest')
     pip('install', '--no-deps', '-r', str(REQUIREMENTS))
     say('4/4 mmdet_ce, editable')
     pip('install', '--no-deps', '--no-build-isolation', '-e', str(ROOT))
-    check = subprocess.run([str(VENV_PYTHON), '-W', 'ignore', '-c', CHECK_CODE], cwd=ROOT, text=True, capture_output=True)
+    command = [str(VENV_PYTHON), '-W', 'ignore', '-c', CHECK_CODE]
+    check = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
     if check.returncode:
         fail(f'the installed stack does not work:\n{check.stderr}')
     STAMP.write_text(fingerprint())

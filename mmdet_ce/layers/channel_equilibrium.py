@@ -50,7 +50,7 @@ class BatchDecorrelation(_RunningStatistic):
         self.register_buffer('running_whitening', torch.eye(group_size).repeat(num_groups, 1, 1))
 
     def forward(self, mean: Tensor, covariance: Tensor) -> Tensor:
-        """Return P_T, (G, d, d), from the batch's mean (G, d, 1) and covariance (G, d, d), and update the running values."""
+        """Return P_T, (G, d, d), of the batch's mean (G, d, 1) and covariance (G, d, d); update the running values."""
         eye = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
         whitening = inverse_sqrt_newton(covariance + self.eps * eye, self.num_iterations)
         self._update(self.running_mean, mean)  # kept as the released code keeps it; no output depends on it

@@ -16,11 +16,7 @@ from mmdet_ce.ops import channel_equilibrium_reference
 
 def reference(ce: ChannelEquilibrium, x: torch.Tensor):
     """Run the oracle with the parameters of ``ce``, in its mode and dtype."""
-    running = (
-        {}
-        if ce.training
-        else dict(running_whitening=ce.bd.running_whitening, running_scale=ce.ir.running_scale)
-    )
+    running = {} if ce.training else dict(running_whitening=ce.bd.running_whitening, running_scale=ce.ir.running_scale)
     return channel_equilibrium_reference(
         x,
         ce.theta,

@@ -1,0 +1,22 @@
+# Each target does all of the set-up that it needs, once.
+PYTHON ?= $(or $(shell command -v python3.11),$(shell command -v python3),python3.11)
+
+.PHONY: setup demo test lint clean
+
+setup:
+	@command -v $(PYTHON) > /dev/null || { echo "setup: error: Python 3.11 is needed and '$(PYTHON)' was not found;" \
+	  "install it or name it: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) tools/setup_env.py
+
+# Train a small CE detector on a generated data set, benchmark it, print COCO mAP.
+demo: setup
+	@.venv/bin/python -W ignore tools/demo.py
+
+test: setup lint
+	@.venv/bin/python -m pytest
+
+lint: setup
+	@.venv/bin/ruff check --quiet .
+
+clean:
+	rm -rf .venv data work_dirs

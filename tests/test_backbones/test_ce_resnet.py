@@ -1,0 +1,302 @@
+"""CEResNet against mmdet's ResNet, against the released network, and its training modes."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from mmdet.models import ResNet
+from mmdet.registry import MODELS
+from torch.nn.modules.batchnorm import _BatchNorm
+from utils import assert_agree, randomize
+
+from mmdet_ce import CEResNet, ChannelEquilibrium
+from mmdet_ce.converters import convert_official_state_dict
+
+TINY = dict(base_channels=16)
+OFF = [dict(ce_cfg=None), dict(stage_with_ce=(False,) * 4, stem_with_ce=False)]
+UNSET = 'statistics that no data ever updated'
+
+
+def ce_names(backbone):
+    return [name for name, _ in backbone.named_ce()]
+
+
+def warnings_of(call):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        call()
+    return [str(w.message) for w in caught if UNSET in str(w.message)]
+
+
+# ---- as the released network ----
+
+
+def test_default_placement_is_the_released_one(golden):
+    official = json.loads((golden / 'official_resnetv1ce50_keys.json').read_text())
+    ours = CEResNet(depth=50).state_dict()
+    converted = convert_official_state_dict({k: torch.empty(v) for k, v in official.items()})
+    assert converted.keys() == ours.keys()
+    assert {k: tuple(v.shape) for k, v in converted.items()} == {k: tuple(v.shape) for k, v in ours.items()}
+
+
+@pytest.mark.parametrize('mode', ['eval', 'train'])
+def test_network_agrees_with_released_code(golden, fill, mode):
+    official = json.loads((golden / 'official_resnetv1ce50_keys.json').read_text())
+    state = {f'module.{k}': torch.from_numpy(np.asarray(fill(k, v))) for k, v in official.items()}
+    backbone = CEResNet(depth=50, norm_eval=False)
+    backbone.load_state_dict(convert_official_state_dict({'state_dict': state}))
+    backbone.train(mode == 'train')
+    data = np.load(golden / f'ce_resnet50_{mode}.npz')
+    with torch.no_grad():
+        outs = backbone(torch.from_numpy(data['x']))
+    for level, out in zip(('c2', 'c3', 'c4', 'c5'), outs):
+        # Stage 4's norms train on 12 positions here: changing the input by 1e-7 moves c5 by 2e-4, and the golden c5
+        # itself lies 2.2e-4 from this network in float64.
+        assert_agree(out, data[level], 5e-4 if (mode, level) == ('train', 'c5') else 1e-4, level)
+
+
+# ---- as mmdet's ResNet ----
+
+
+@pytest.mark.parametrize('depth', [18, 50])
+@pytest.mark.parametrize('off', OFF)
+def test_switched_off_equals_mmdet_bit_for_bit(depth, off):
+    torch.manual_seed(1)
+    plain = ResNet(depth=depth, **TINY)
+    plain.init_weights()
+    torch.manual_seed(1)
+    backbone = CEResNet(depth=depth, **off, **TINY)
+    backbone.init_weights()
+    assert [*plain.state_dict()] == [*backbone.state_dict()]
+    for key, value in plain.state_dict().items():
+        assert torch.equal(value, backbone.state_dict()[key]), key
+    x = torch.randn(2, 3, 64, 64)
+    for mode in (True, False):
+        plain.train(mode), backbone.train(mode)
+        for a, b in zip(plain(x), backbone(x)):
+            assert torch.equal(a, b)
+
+
+def test_switched_off_has_the_same_gradients():
+    plain, backbone = ResNet(depth=50, **TINY), CEResNet(depth=50, ce_cfg=None, **TINY)
+    backbone.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 3, 64, 64)
+    for model in (plain, backbone):
+        model.train()
+        sum(out.square().sum() for out in model(x)).backward()
+    for (name, a), b in zip(plain.named_parameters(), backbone.parameters()):
+        assert torch.equal(a.grad, b.grad), name
+
+
+@pytest.mark.parametrize('depth, blocks', [(18, 6), (34, 13), (50, 13), (101, 30), (152, 47)])
+def test_every_depth_builds_from_the_registry(depth, blocks):
+    with torch.device('meta'):
+        backbone = MODELS.build(dict(type='CEResNet', depth=depth))
+    assert len(ce_names(backbone)) == 1 + blocks
+    assert not any(name.startswith('layer4') for name in ce_names(backbone))
+    assert backbone.ce1.group_size == 64
+    assert {ce.group_size for name, ce in backbone.named_ce() if name != 'ce1'} == {16}
+
+
+@pytest.mark.parametrize(
+    'arguments',
+    [
+        dict(depth=18, style='caffe'),
+        dict(depth=50, style='caffe'),
+        dict(depth=50, deep_stem=True, avg_down=True),
+        dict(depth=50, norm_cfg=dict(type='GN', num_groups=4)),
+        dict(depth=50, norm_cfg=dict(type='SyncBN')),
+        dict(depth=18, with_cp=True),
+        dict(depth=50, with_cp=True),
+        dict(depth=50, num_stages=3, strides=(1, 2, 2), dilations=(1, 1, 1), out_indices=(0, 1, 2)),
+        dict(depth=50, strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2), out_indices=(3,)),
+        dict(depth=50, dcn=dict(type='DCNv2', deform_groups=1), stage_with_dcn=(False, True, True, True)),
+        dict(depth=50, plugins=[dict(cfg=dict(type='ContextBlock', ratio=0.25), position='after_conv3')]),
+        dict(depth=50, stage_with_ce=(False, False, True, True), stem_with_ce=False),
+    ],
+    ids=lambda a: '-'.join(f'{k}' for k in a),
+)
+def test_mmdet_arguments_keep_working(arguments):
+    """Forward, backward, and a plain checkpoint lacks exactly the CE keys."""
+    arguments = {**TINY, **arguments}
+    backbone = CEResNet(**copy.deepcopy(arguments))
+    backbone.init_weights()
+    plain_arguments = {k: v for k, v in arguments.items() if k not in ('stage_with_ce', 'stem_with_ce')}
+    plain = ResNet(**copy.deepcopy(plain_arguments))
+    result = backbone.load_state_dict(plain.state_dict(), strict=False)
+    assert not result.unexpected_keys
+    assert set(result.missing_keys) == {f'{name}.{key}' for name, ce in backbone.named_ce() for key in ce.state_dict()}
+    if arguments.get('norm_cfg', {}).get('type') == 'SyncBN':
+        backbone.eval()  # SyncBN trains on GPUs only
+    else:
+        backbone.train()
+    x = torch.randn(2, 3, 64, 64, requires_grad=True)
+    outs = backbone(x)
+    plain.eval()
+    assert [o.shape for o in outs] == [o.shape for o in plain(x)]
+    sum(o.square().mean() for o in outs).backward()
+    for name, p in backbone.named_parameters():
+        assert p.grad is not None and torch.isfinite(p.grad).all(), name
+
+
+@pytest.mark.parametrize('depth, norm', [(18, 'norm2'), (50, 'norm3')])
+def test_zero_init_residual(depth, norm):
+    def zeroed(**kwargs):
+        backbone = CEResNet(depth=depth, **kwargs, **TINY)
+        backbone.init_weights()
+        return [
+            not getattr(block, norm).weight.any() for layer in backbone.res_layers for block in getattr(backbone, layer)
+        ]
+
+    assert all(zeroed(zero_init_residual=True))
+    assert not any(zeroed(zero_init_residual=False))
+    default = zeroed()
+    stage_4 = {18: 2, 50: 3}[depth]
+    assert default == [False] * (len(default) - stage_4) + [True] * stage_4, 'stage 4 alone has no CE'
+
+
+def test_deep_stem_applies_ce_between_norm_and_relu():
+    backbone = randomize(CEResNet(depth=18, deep_stem=True, **TINY)).eval()
+    seen = {}
+    backbone.stem[-2].register_forward_hook(lambda m, i, o: seen.update(norm=o.clone()))
+    backbone.ce1.register_forward_hook(lambda m, i, o: seen.update(ce_input=i[0].clone(), ce=o.clone()))
+    backbone.maxpool.register_forward_hook(lambda m, i, o: seen.update(pooled=i[0].clone()))
+    backbone(torch.randn(1, 3, 32, 32))
+    assert torch.equal(seen['norm'], seen['ce_input'])
+    assert torch.equal(seen['ce'].relu(), seen['pooled'])
+
+
+# ---- training modes ----
+
+
+def modes(backbone):
+    return {name: ce.training for name, ce in backbone.named_ce()}
+
+
+def buffers(backbone):
+    return {f'{name}.{key}': value.clone() for name, ce in backbone.named_ce() for key, value in ce.named_buffers()}
+
+
+@pytest.mark.parametrize('norm_eval', [True, False])
+@pytest.mark.parametrize('ce_eval', [None, True, False])
+@pytest.mark.parametrize('frozen_stages', [-1, 0, 2])
+def test_ce_follows_norm_eval_and_frozen_stages(norm_eval, ce_eval, frozen_stages):
+    backbone = CEResNet(depth=18, norm_eval=norm_eval, ce_eval=ce_eval, frozen_stages=frozen_stages, **TINY).train()
+    before = buffers(backbone)
+    for _ in range(3):
+        sum(o.sum() for o in backbone(torch.randn(2, 3, 64, 64))).backward()
+    after = buffers(backbone)
+    trains = not (norm_eval if ce_eval is None else ce_eval)
+    for name, ce in backbone.named_ce():
+        stage = 0 if name == 'ce1' else int(name[5])
+        frozen = stage <= frozen_stages
+        assert ce.training is (trains and not frozen), name
+        assert all(p.requires_grad is not frozen for p in ce.parameters()), name
+        for key in (k for k in before if k.startswith(name + '.')):
+            assert torch.equal(before[key], after[key]) is not ce.training, key
+    norms = [m for m in backbone.layer4.modules() if isinstance(m, _BatchNorm)]
+    assert all(m.training is not norm_eval for m in norms)
+    assert not any(modes(backbone.eval()).values())
+
+
+@pytest.mark.parametrize('depth', [18, 50])
+def test_with_cp_gives_the_same_ce_buffers_and_gradients(depth):
+    torch.manual_seed(2)
+    plain = CEResNet(depth=depth, norm_eval=True, ce_eval=False, **TINY)
+    other = CEResNet(depth=depth, norm_eval=True, ce_eval=False, with_cp=True, **TINY)
+    other.load_state_dict(plain.state_dict())
+    plain.train(), other.train()
+    for _ in range(5):
+        x = torch.randn(2, 3, 64, 64)
+        for model in (plain, other):
+            model.zero_grad()
+            sum(o.square().mean() for o in model(x)).backward()
+    for (name, a), b in zip(plain.named_parameters(), other.parameters()):
+        assert_agree(b.grad, a.grad, 1e-6, name)
+    for key, value in buffers(plain).items():
+        assert torch.equal(value, buffers(other)[key]), key
+
+
+# ---- statistics that no data ever updated ----
+
+
+def test_unset_statistics_are_reported_once_with_names():
+    backbone = CEResNet(depth=18, **TINY).eval()
+    x = torch.randn(1, 3, 32, 32)
+    first = warnings_of(lambda: backbone(x))
+    assert len(first) == 1
+    assert all(name in first[0] for name in ce_names(backbone))
+    assert 'norm_eval=False' in first[0] and 'init_cfg' in first[0]
+    assert not warnings_of(lambda: (backbone(x), backbone.train(), backbone.eval()(x)))
+
+
+def test_unset_statistics_of_frozen_stages_are_reported_in_training():
+    backbone = CEResNet(depth=18, frozen_stages=1, norm_eval=False, **TINY).train()
+    (message,) = warnings_of(lambda: backbone(torch.randn(2, 3, 64, 64)))
+    assert '3 CE layers' in message and 'ce1, layer1.0.ce, layer1.1.ce.' in message
+
+
+def test_statistics_that_data_updated_are_not_reported():
+    backbone = CEResNet(depth=18, norm_eval=False, **TINY).train()
+    assert not warnings_of(lambda: backbone(torch.randn(2, 3, 64, 64)))
+    assert not warnings_of(lambda: backbone.eval()(torch.randn(2, 3, 64, 64)))
+
+
+def test_fresh_backbone_in_eval_is_finite():
+    for arguments in (dict(), dict(frozen_stages=1)):
+        backbone = CEResNet(depth=50, **arguments).eval()
+        for out in backbone(torch.randn(1, 3, 32, 32)):
+            assert torch.isfinite(out).all()
+
+
+# ---- life in a training framework ----
+
+
+def test_state_survives_deepcopy_and_sync_bn_conversion():
+    backbone = randomize(CEResNet(depth=18, **TINY)).eval()
+    x = torch.randn(1, 3, 32, 32)
+    expected = backbone(x)
+    for other in (
+        copy.deepcopy(backbone),
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(backbone)),
+    ):
+        assert ce_names(other) == ce_names(backbone)
+        assert all(torch.equal(a, b) for a, b in zip(expected, other(x)))
+
+
+def test_autocast_trains_finite():
+    backbone = CEResNet(depth=18, norm_eval=False, **TINY).train()
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        outs = backbone(torch.randn(2, 3, 64, 64))
+    sum(o.float().square().mean() for o in outs).backward()
+    assert all(torch.isfinite(p.grad).all() for p in backbone.parameters())
+
+
+# ---- bad input ----
+
+
+def test_bad_depth():
+    with pytest.raises(KeyError, match=r'invalid depth 51 for CEResNet; expected one of \[18, 34, 50, 101, 152\]'):
+        CEResNet(depth=51)
+
+
+@pytest.mark.parametrize('stages', [(True,), (True,) * 5])
+def test_bad_stage_with_ce(stages):
+    with pytest.raises(ValueError, match='stage_with_ce needs one value for each of the 4 stages, got'):
+        CEResNet(depth=18, stage_with_ce=stages)
+
+
+def test_bad_ce_argument_names_the_problem_through_the_registry():
+    with pytest.raises(ValueError, match='num_iterations must be at least 1'):
+        MODELS.build(dict(type='CEResNet', depth=18, ce_cfg=dict(num_iterations=0)))
+    with pytest.raises(ValueError, match='cannot be grouped'):
+        CEResNet(depth=18, base_channels=17)
+
+
+def test_ce_layers_are_channel_equilibrium():
+    assert all(isinstance(ce, ChannelEquilibrium) for _, ce in CEResNet(depth=18, **TINY).named_ce())

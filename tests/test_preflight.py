@@ -1,0 +1,80 @@
+"""One clear sentence for each input that is not there."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from conftest import ROOT
+from mmengine.config import Config
+
+from mmdet_ce.preflight import find_problems
+
+CONFIG = ROOT / 'configs' / 'ce' / 'mask-rcnn_r50-ce_fpn_1x_coco.py'
+
+
+@pytest.fixture
+def cfg(tmp_path):
+    """The shipped config on a data set that exists (an empty one), with no initial weights."""
+    for name in ('annotations', 'train2017', 'val2017'):
+        (tmp_path / name).mkdir()
+    for split in ('train', 'val'):
+        (tmp_path / 'annotations' / f'instances_{split}2017.json').write_text(json.dumps({}))
+    cfg = Config.fromfile(CONFIG)
+    for name in ('train', 'val', 'test'):
+        cfg[f'{name}_dataloader'].dataset.data_root = str(tmp_path)
+    for name in ('val', 'test'):
+        cfg[f'{name}_evaluator'].ann_file = str(tmp_path / 'annotations' / 'instances_val2017.json')
+    cfg.model.backbone.init_cfg = None
+    return cfg
+
+
+@pytest.mark.parametrize('split', ['train', 'test'])
+def test_no_problem(cfg, split):
+    assert find_problems(cfg, split) == []
+
+
+def test_missing_data_root(cfg):
+    cfg.train_dataloader.dataset.data_root = 'no/such/folder/'
+    assert find_problems(cfg, 'train') == [
+        'data root no/such/folder/ does not exist (train_dataloader.dataset.data_root); set it to the folder that '
+        'holds the data set'
+    ]
+
+
+def test_missing_annotation_file_and_images(cfg, tmp_path):
+    cfg.val_dataloader.dataset.ann_file = 'annotations/none.json'
+    cfg.val_dataloader.dataset.data_prefix.img = 'none/'
+    cfg.val_evaluator.ann_file = 'none.json'
+    ann, images, evaluator = find_problems(cfg, 'train')
+    assert f'{tmp_path}/annotations/none.json not found (val_dataloader.dataset.ann_file' in ann
+    assert f'image folder {tmp_path}/none not found (val_dataloader.dataset.data_prefix.img' in images
+    assert 'annotation file none.json not found; set val_evaluator.ann_file' in evaluator
+
+
+def test_missing_checkpoints(cfg):
+    cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint='none.pth')
+    resume, pretrained = find_problems(cfg, 'train', 'epoch_9.pth')
+    assert resume.startswith('checkpoint epoch_9.pth not found')
+    assert pretrained.startswith('pretrained weights none.pth not found') and 'init_cfg=None' in pretrained
+    assert len(find_problems(cfg, 'test')) == 0, 'a test does not read the initial weights'
+
+
+def test_remote_files_are_left_to_the_framework(cfg):
+    cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint='torchvision://resnet50')
+    cfg.train_dataloader.dataset.data_root = 's3://bucket/coco/'
+    assert find_problems(cfg, 'train') == []
+
+
+def test_missing_custom_imports(cfg):
+    del cfg.custom_imports
+    (problem,) = find_problems(cfg, 'train')
+    assert 'uses CEResNet but does not import mmdet_ce' in problem
+    assert "custom_imports = dict(imports=['mmdet_ce'], allow_failed_imports=False)" in problem
+
+
+def test_wrapped_dataset(cfg):
+    inner = cfg.train_dataloader.dataset
+    inner.data_root = 'none/'
+    cfg.train_dataloader.dataset = dict(type='RepeatDataset', times=2, dataset=inner)
+    assert ['data root none/' in p for p in find_problems(cfg, 'train')] == [True]

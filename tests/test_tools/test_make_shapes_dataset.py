@@ -1,0 +1,60 @@
+"""The generated data set is deterministic and sound COCO."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from make_shapes_dataset import CLASSES, make_dataset
+from pycocotools.coco import COCO
+
+
+def digest(folder):
+    files = sorted(p for p in folder.rglob('*') if p.is_file())
+    return [(str(p.relative_to(folder)), hashlib.sha256(p.read_bytes()).hexdigest()) for p in files]
+
+
+def test_same_arguments_give_the_same_files(tmp_path):
+    for name in ('a', 'b'):
+        make_dataset(tmp_path / name, train=3, val=2)
+    make_dataset(tmp_path / 'c', train=3, val=2, seed=7)
+    assert digest(tmp_path / 'a') == digest(tmp_path / 'b') != digest(tmp_path / 'c')
+    assert len(digest(tmp_path / 'a')) == 7
+
+
+def test_annotations_are_sound(tmp_path):
+    make_dataset(tmp_path / 'shapes', train=30, val=1)
+    coco = COCO(tmp_path / 'shapes' / 'annotations' / 'instances_train.json')
+    assert [c['name'] for c in coco.loadCats(coco.getCatIds())] == list(CLASSES)
+    annotations = coco.loadAnns(coco.getAnnIds())
+    assert {a['category_id'] for a in annotations} == {1, 2, 3, 4}
+    for annotation in annotations:
+        mask = coco.annToMask(annotation)
+        x, y, w, h = annotation['bbox']
+        assert 0 <= x and 0 <= y and x + w <= 128 and y + h <= 128
+        # polygons run through the centres of border pixels: pycocotools fills a little less than the mask
+        assert 0.75 * annotation['area'] < mask.sum() <= 1.05 * annotation['area']
+        ys, xs = np.nonzero(mask)
+        assert abs(int(xs.min()) - x) <= 2 and abs(int(ys.max()) + 1 - y - h) <= 2
+
+
+def test_existing_folder_is_left_alone(tmp_path):
+    (tmp_path / 'mine').write_text('precious')
+    command = [sys.executable, str(ROOT / 'tools' / 'make_shapes_dataset.py'), str(tmp_path / 'mine')]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and 'exists; remove it' in result.stderr
+    assert (tmp_path / 'mine').read_text() == 'precious'
+
+
+def test_interrupted_writing_leaves_nothing(tmp_path, monkeypatch):
+    def broken(*args):
+        raise OSError('disk full')
+
+    monkeypatch.setattr('make_shapes_dataset.cv2.imwrite', broken)
+    with pytest.raises(OSError, match='disk full'):
+        make_dataset(tmp_path / 'shapes', train=1, val=1)
+    assert not list(tmp_path.iterdir())

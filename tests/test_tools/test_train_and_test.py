@@ -1,0 +1,138 @@
+"""The tools as a user runs them: train, stop, resume, test; bad input; two processes. Each run is a process."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import mmdet
+import pytest
+import torch
+from conftest import ROOT
+from make_shapes_dataset import make_dataset
+from test_safe_globals import Calls
+
+pytestmark = pytest.mark.slow
+
+DEMO = ROOT / 'configs' / 'demo' / 'mask-rcnn_r18-ce_fpn_8e_shapes.py'
+MMDET_TOOLS = Path(mmdet.__file__).parent / '.mim' / 'tools'
+SMALL = ['train_dataloader.num_workers=0', 'train_dataloader.persistent_workers=False']
+for _split in ('val', 'test'):
+    SMALL += [f'{_split}_dataloader.num_workers=0', f'{_split}_dataloader.persistent_workers=False']
+
+
+def run(tool: Path | str, *arguments, options=(), cwd) -> subprocess.CompletedProcess:
+    command = [tool] if str(tool).endswith('.sh') else [sys.executable, '-W', 'ignore', tool]
+    command = [*map(str, (*command, *arguments)), *(['--cfg-options', *options] if options else [])]
+    path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**os.environ, 'PATH': path})
+
+
+def output(result: subprocess.CompletedProcess) -> str:
+    text = result.stdout + result.stderr
+    assert result.returncode == 0, text[-3000:]
+    return text
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """A working directory with a tiny shapes data set where the demo's config looks for it."""
+    folder = tmp_path_factory.mktemp('work')
+    (folder / 'data').mkdir()
+    make_dataset(folder / 'data' / 'shapes', train=8, val=4)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def trained(folder):
+    """The work directory of one epoch of training with tools/train.py."""
+    options = [*SMALL, 'train_cfg.max_epochs=1', 'train_dataloader.batch_size=4']
+    text = output(run(ROOT / 'tools' / 'train.py', DEMO, '--work-dir', 'run', options=options, cwd=folder))
+    assert re.search(r'coco/segm_mAP: ', text)
+    return folder / 'run'
+
+
+def test_resume_continues(trained, folder):
+    options = [*SMALL, 'train_cfg.max_epochs=2', 'train_dataloader.batch_size=4']
+    text = output(run(ROOT / 'tools' / 'train.py', DEMO, '--work-dir', 'run', '--resume', options=options, cwd=folder))
+    assert 'resumed epoch: 1, iter: 2' in text
+    assert re.search(r'Epoch\(train\)\s+\[2\]\[2/2\]', text) or 'Saving checkpoint at 2 epochs' in text
+    first, second = (torch.load(trained / f'epoch_{n}.pth') for n in (1, 2))
+    key = 'backbone.layer1.0.ce.bd.running_whitening'
+    assert not torch.equal(first['state_dict'][key], second['state_dict'][key])
+
+
+@pytest.mark.parametrize('tools', [ROOT / 'tools', MMDET_TOOLS], ids=['ours', 'mmdets'])
+def test_test_prints_map(trained, folder, tools):
+    text = output(run(tools / 'test.py', DEMO, trained / 'epoch_1.pth', options=SMALL, cwd=folder))
+    assert re.search(r'coco/bbox_mAP: \d\.\d+', text) and re.search(r'coco/segm_mAP: \d\.\d+', text)
+
+
+@pytest.mark.parametrize('tools', [ROOT / 'tools', MMDET_TOOLS], ids=['ours', 'mmdets'])
+def test_hostile_checkpoint_is_refused(folder, tools):
+    marker, path = folder / 'marker', folder / 'hostile.pth'
+    torch.save({'state_dict': {}, 'payload': Calls(os.system, f'touch {marker}')}, path)
+    result = run(tools / 'test.py', DEMO, path, options=SMALL, cwd=folder)
+    assert result.returncode and not marker.exists()
+    if tools == ROOT / 'tools':
+        assert result.stderr.strip().splitlines()[-1].startswith('error: a checkpoint was refused, and nothing in it')
+    else:
+        assert 'UnpicklingError' in result.stderr
+
+
+def test_truncated_checkpoint_is_refused(trained, folder):
+    path = folder / 'truncated.pth'
+    path.write_bytes((trained / 'epoch_1.pth').read_bytes()[:100_000])
+    result = run(ROOT / 'tools' / 'test.py', DEMO, path, options=SMALL, cwd=folder)
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1].startswith('error: checkpoint')
+
+
+@pytest.mark.parametrize(
+    'arguments, options, message',
+    [
+        (['none.py'], [], 'error: config none.py not found'),
+        ([DEMO], ['train_dataloader.dataset.data_root=none'], 'error: data root none does not exist'),
+        ([DEMO, '--resume', 'none.pth'], [], 'error: checkpoint none.pth not found'),
+    ],
+)
+def test_bad_input_is_one_line(folder, arguments, options, message):
+    result = run(ROOT / 'tools' / 'train.py', *arguments, options=options, cwd=folder)
+    assert result.returncode == 1
+    assert len(result.stderr.strip().splitlines()) == 1 and result.stderr.startswith(message)
+
+
+def test_two_processes(folder):
+    options = [*SMALL, 'train_cfg.max_epochs=1', 'train_dataloader.batch_size=2', 'env_cfg.dist_cfg.backend=gloo']
+    script = ROOT / 'tools' / 'dist_train.sh'
+    text = output(run(script, DEMO, 2, '--work-dir', 'two', options=options, cwd=folder))
+    assert re.search(r'coco/segm_mAP: ', text)
+    options = [*SMALL, 'env_cfg.dist_cfg.backend=gloo']
+    text = output(
+        run(ROOT / 'tools' / 'dist_test.sh', DEMO, folder / 'two' / 'epoch_1.pth', 2, options=options, cwd=folder)
+    )
+    assert re.search(r'coco/bbox_mAP: ', text)
+
+
+@pytest.mark.parametrize('detector', ['mask-rcnn', 'retinanet'])
+def test_real_coco_images(detector, coco_tiny, tmp_path):
+    """The shipped configs, changed on the command line only: train, resume and test on real images."""
+    config = ROOT / 'configs' / 'ce' / f'{detector}_r50-ce_fpn_1x_coco.py'
+    resize = {'train': 2, 'val': 1, 'test': 1}
+    options = [*SMALL, 'model.backbone.init_cfg=None', 'train_dataloader.dataset.indices=4']
+    for split, place in resize.items():
+        options += [
+            f'{split}_dataloader.dataset.data_root={coco_tiny}/',
+            f'{split}_dataloader.dataset.pipeline.{place}.scale=(160,128)',
+        ]
+        if split != 'train':
+            options.append(f'{split}_evaluator.ann_file={coco_tiny}/annotations/instances_val2017.json')
+    train = [ROOT / 'tools' / 'train.py', config, '--work-dir', 'run']
+    output(run(*train, options=[*options, 'train_cfg.max_epochs=1'], cwd=tmp_path))
+    text = output(run(*train, '--resume', options=[*options, 'train_cfg.max_epochs=2'], cwd=tmp_path))
+    assert 'resumed epoch: 1, iter: 2' in text
+    text = output(run(ROOT / 'tools' / 'test.py', config, 'run/epoch_2.pth', options=options, cwd=tmp_path))
+    assert re.search(r'coco/bbox_mAP: ', text)

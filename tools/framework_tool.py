@@ -1,0 +1,60 @@
+"""Run a tool of the installed MMDetection after a look at the run's inputs."""
+
+from __future__ import annotations
+
+import pickle
+import runpy
+import sys
+from pathlib import Path
+
+import mmdet
+from mmengine.config import Config
+
+from mmdet_ce.preflight import find_problems
+
+
+def find_tool(name: str) -> Path:
+    """Return the installed framework's ``tools/<name>``: in its wheel, or in the clone it was installed from.
+
+    Raises:
+        FileNotFoundError: If the installed distribution came without tools.
+    """
+    package = Path(mmdet.__file__).resolve().parent
+    for tool in (package / '.mim' / 'tools' / name, package.parent / 'tools' / name):
+        if tool.is_file():
+            return tool
+    raise FileNotFoundError(
+        f'the installed mmdet {mmdet.__version__} at {package} has no tools/{name}; install one that has, like the '
+        'mmdet 3.3.0 wheel or a clone of its repository (pip install -e)'
+    )
+
+
+def run(name: str) -> None:
+    """Run the framework's ``tools/<name>`` ('train.py' or 'test.py') with this process's command line."""
+    try:
+        tool = runpy.run_path(str(find_tool(name)), run_name=f'mmdet_{name}')
+        args = tool['parse_args']()
+        problems = check(args, name.removesuffix('.py'))
+        if problems:
+            sys.exit('\n'.join(f'error: {problem}' for problem in problems))
+        tool['main']()
+    except FileNotFoundError as error:
+        if error.filename is not None:  # raised by the operating system somewhere inside: its traceback tells where
+            raise
+        sys.exit(f'error: {error}')
+    except pickle.UnpicklingError as error:
+        sys.exit(
+            'error: a checkpoint was refused, and nothing in it was run: it is damaged, or asks for more than tensors '
+            f'and the training state of mmengine ({str(error).splitlines()[0]})'
+        )
+
+
+def check(args, split: str) -> list[str]:
+    """Return the problems of the run that ``args``, the framework's parsed command line, asks for."""
+    if not Path(args.config).is_file():
+        return [f'config {args.config} not found; the shipped ones are in {Path(__file__).parent.parent / "configs"}']
+    cfg = Config.fromfile(args.config)
+    if args.cfg_options is not None:
+        cfg.merge_from_dict(args.cfg_options)
+    checkpoint = getattr(args, 'checkpoint', None) or getattr(args, 'resume', None)
+    return find_problems(cfg, split, None if checkpoint == 'auto' else checkpoint)

@@ -1,0 +1,6 @@
+"""Test a detector with the installed MMDetection's own tools/test.py: same arguments, same behaviour."""
+
+from framework_tool import run
+
+if __name__ == '__main__':
+    run('test.py')

@@ -1,0 +1,6 @@
+"""Train a detector with the installed MMDetection's own tools/train.py: same arguments, same behaviour."""
+
+from framework_tool import run
+
+if __name__ == '__main__':
+    run('train.py')
