@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Optional
@@ -48,9 +49,13 @@ def find_problems(cfg: Config, split: str, checkpoint: Optional[str] = None) -> 
 
     if checkpoint and _is_missing(checkpoint):
         problems.append(f'checkpoint {checkpoint} not found; expected a file that a training wrote, like epoch_12.pth')
+    elif checkpoint and _is_truncated(checkpoint):
+        problems.append(f'checkpoint {checkpoint} is incomplete (its writing was interrupted?); use another one')
     # The framework loads these before every training, a resumed one too, and never for a test.
     for d in dicts if split == 'train' else []:
         path = d.get('checkpoint') if d.get('type') == 'Pretrained' else None
+        if path and _is_truncated(path):
+            problems.append(f'pretrained weights {path} are incomplete (an interrupted download?); get them again')
         if path and _is_missing(path):
             problems.append(
                 f'pretrained weights {path} not found (model init_cfg); put them there, name others with --cfg-options '
@@ -72,6 +77,15 @@ def _dicts(value: Any) -> Iterator[dict]:
 
 def _is_missing(path: Any) -> bool:
     return isinstance(path, (str, Path)) and '://' not in str(path) and not Path(path).exists()
+
+
+def _is_truncated(path: Any) -> bool:
+    """Whether a file that starts as torch.save's zip archive does not end as one, or is empty."""
+    if not Path(path).is_file():
+        return False
+    with open(path, 'rb') as file:
+        start = file.read(2)
+    return not start or (start == b'PK' and not zipfile.is_zipfile(path))
 
 
 def _dataset_problems(dataset: dict, where: str) -> list[str]:

@@ -8,6 +8,7 @@ is refused before any of it runs.
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import numpy as np
@@ -34,11 +35,11 @@ def getattr_of_history_buffer(obj: Any, name: str) -> Any:
         The statistic's function.
 
     Raises:
-        ValueError: For any other object or name.
+        pickle.UnpicklingError: For any other object or name.
     """
     if obj is HistoryBuffer and name in STATISTICS:
         return getattr(HistoryBuffer, name)
-    raise ValueError(f'a checkpoint may not ask for getattr({obj!r}, {name!r})')
+    raise pickle.UnpicklingError(f'a checkpoint may not ask for getattr({obj!r}, {name!r})')
 
 
 def register_safe_globals() -> None:

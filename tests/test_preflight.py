@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from conftest import ROOT
 from mmengine.config import Config
 
@@ -60,6 +61,18 @@ def test_missing_checkpoints(cfg):
     assert len(find_problems(cfg, 'test')) == 0, 'a test does not read the initial weights'
 
 
+def test_truncated_checkpoints(cfg, tmp_path):
+    torch.save({'w': torch.zeros(1000)}, tmp_path / 'whole.pth')
+    data = (tmp_path / 'whole.pth').read_bytes()
+    for name, content in (('part.pth', data[: len(data) // 2]), ('empty.pth', b'')):
+        (tmp_path / name).write_bytes(content)
+        cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / name))
+        checkpoint, pretrained = find_problems(cfg, 'train', str(tmp_path / name))
+        assert f'{name} is incomplete' in checkpoint and f'{name} are incomplete' in pretrained
+    cfg.model.backbone.init_cfg = None
+    assert find_problems(cfg, 'train', str(tmp_path / 'whole.pth')) == []
+
+
 def test_remote_files_are_left_to_the_framework(cfg):
     cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint='torchvision://resnet50')
     cfg.train_dataloader.dataset.data_root = 's3://bucket/coco/'
@@ -67,7 +80,7 @@ def test_remote_files_are_left_to_the_framework(cfg):
 
 
 def test_missing_custom_imports(cfg):
-    del cfg.custom_imports
+    cfg.pop('custom_imports')
     (problem,) = find_problems(cfg, 'train')
     assert 'uses CEResNet but does not import mmdet_ce' in problem
     assert "custom_imports = dict(imports=['mmdet_ce'], allow_failed_imports=False)" in problem

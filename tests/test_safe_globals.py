@@ -39,10 +39,10 @@ HOSTILE = {
     'eval': Calls(eval, "open('{marker}', 'w')"),
     'exec': Calls(exec, "open('{marker}', 'w')"),
     'open': Calls(open, '{marker}', 'w'),
-    'getattr of another object': Calls(getattr, os, 'system'),
+    'getattr of another object': Calls(getattr, Calls(__import__, 'os'), 'system'),
     'getattr of HistoryBuffer': Calls(getattr, HistoryBuffer, '__init__'),
-    'getattr chain': Calls(Calls(getattr, Calls(getattr, HistoryBuffer, 'mean'), '__globals__'), 'x'),
-    'torch.load without weights_only': Calls(torch.load, '{marker}', None, pickle),
+    'getattr chain': Calls(getattr, Calls(getattr, HistoryBuffer, 'mean'), '__globals__'),
+    'torch.load without weights_only': Calls(torch.load, '{marker}'),
     'nested': {'state_dict': [{'a': Calls(os.system, 'touch {marker}')}]},
 }
 

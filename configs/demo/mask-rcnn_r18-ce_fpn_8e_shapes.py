@@ -34,7 +34,7 @@ test_pipeline = [
 ]
 data_root = 'data/shapes/'
 train_dataloader = dict(
-    batch_size=8,
+    batch_size=4,
     dataset=dict(
         data_root=data_root,
         metainfo=metainfo,

@@ -36,10 +36,9 @@ def test_annotations_are_sound(tmp_path):
         mask = coco.annToMask(annotation)
         x, y, w, h = annotation['bbox']
         assert 0 <= x and 0 <= y and x + w <= 128 and y + h <= 128
-        # polygons run through the centres of border pixels: pycocotools fills a little less than the mask
-        assert 0.75 * annotation['area'] < mask.sum() <= 1.05 * annotation['area']
+        assert mask.sum() == annotation['area']
         ys, xs = np.nonzero(mask)
-        assert abs(int(xs.min()) - x) <= 2 and abs(int(ys.max()) + 1 - y - h) <= 2
+        assert (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1) == (x, y, x + w, y + h)
 
 
 def test_existing_folder_is_left_alone(tmp_path):
