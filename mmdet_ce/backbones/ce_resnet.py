@@ -21,6 +21,26 @@ def build_ce(ce_cfg: dict, in_channels: int) -> ChannelEquilibrium:
     return MODELS.build({'type': 'ChannelEquilibrium', **ce_cfg, 'in_channels': in_channels})
 
 
+def norm_ce(norm: nn.Module, ce: Optional[ChannelEquilibrium], x: Tensor) -> Tensor:
+    """Return CE(norm(x)), or norm(x) where there is no CE.
+
+    A BatchNorm in evaluation is an affine map, and CE takes it into its own product: one pass over x instead of two.
+    Where somebody has hooked either module, both are called in turn, so that the hooks see what they expect.
+    """
+    if ce is None:
+        return norm(x)
+    foldable = isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)) and not norm.training
+    if foldable and norm.track_running_stats and not _has_hooks(norm) and not _has_hooks(ce):
+        return ce(x, norm)
+    return ce(norm(x))
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 class CEBasicBlock(BasicBlock):
     """mmdet's BasicBlock with a CE slot after the last norm, before the shortcut is added.
 
@@ -39,9 +59,7 @@ class CEBasicBlock(BasicBlock):
 
         def _inner_forward(x: Tensor) -> Tensor:
             out = self.relu(self.norm1(self.conv1(x)))
-            out = self.norm2(self.conv2(out))
-            if self.ce is not None:
-                out = self.ce(out)
+            out = norm_ce(self.norm2, self.ce, self.conv2(out))
             identity = x if self.downsample is None else self.downsample(x)
             out += identity
             return out
@@ -72,9 +90,7 @@ class CEBottleneck(Bottleneck):
             out = self.relu(self.norm2(self.conv2(out)))
             if self.with_plugins:
                 out = self.forward_plugin(out, self.after_conv2_plugin_names)
-            out = self.norm3(self.conv3(out))
-            if self.ce is not None:
-                out = self.ce(out)
+            out = norm_ce(self.norm3, self.ce, self.conv3(out))
             if self.with_plugins:
                 out = self.forward_plugin(out, self.after_conv3_plugin_names)
             identity = x if self.downsample is None else self.downsample(x)
@@ -189,9 +205,10 @@ class CEResNet(ResNet):
         """Return the feature maps of ``out_indices`` for images (N, 3, H, W)."""
         if not self._statistics_checked and not torch.compiler.is_compiling():
             self._check_statistics()
-        x = self.stem[:-1](x) if self.deep_stem else self.norm1(self.conv1(x))
-        if self.ce1 is not None:
-            x = self.ce1(x)
+        if self.deep_stem:
+            x = norm_ce(self.stem[-2], self.ce1, self.stem[:-2](x))
+        else:
+            x = norm_ce(self.norm1, self.ce1, self.conv1(x))
         x = self.maxpool(self.stem[-1](x) if self.deep_stem else self.relu(x))
         outs = []
         for i, layer_name in enumerate(self.res_layers):

@@ -6,15 +6,18 @@ Written anew from the paper's equations and the behaviour of the released networ
 
 from __future__ import annotations
 
+from typing import Optional
+
 import torch
 import torch.nn.functional as F
 from mmdet.registry import MODELS
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..ops import inverse_sqrt_newton, moments, spatial_variance
+from ..ops import Moments, affine_of, inverse_sqrt_newton, mix
 
-# A batch whose variance is this small beside its mean square has none that float arithmetic could tell from rounding.
-NO_VARIANCE = 1e-10
+# A batch whose variance is this small beside its mean square has none that float32 could tell from rounding.
+NO_VARIANCE = 1e-6
 
 
 class _RunningStatistic(nn.Module):
@@ -79,13 +82,14 @@ class InstanceReweighting(_RunningStatistic):
         """Return sigmoid(W2 relu(LayerNorm(W1 v))), (N, C), of the spatial variance v, (N, C)."""
         return torch.sigmoid(self.fc2(F.relu(self.norm(self.fc1(variance)))))
 
-    def batch_scale(self, variance: Tensor, mean_square: Tensor) -> Tensor:
+    def batch_scale(self, moments: Moments) -> Tensor:
         """Return s = sqrt(mean of v), (1,), and update its running value.
 
         A batch without spatial variance (all-zero, constant or 1x1 maps; the network's first step when
         ``zero_init_residual`` zeroes the norm before CE) has nothing to be equalized: s = 1, where the formula has 0/0.
         """
-        mean_variance = variance.mean().reshape(1)
+        mean_variance = moments.variance.mean().reshape(1)
+        mean_square = (moments.covariance.diagonal(dim1=1, dim2=2) + moments.mean.squeeze(2).square()).mean()
         has_variance = mean_variance > NO_VARIANCE * mean_square
         scale = torch.where(has_variance, mean_variance, torch.ones_like(mean_variance)).sqrt()
         self._update(self.running_scale, scale)
@@ -162,36 +166,36 @@ class ChannelEquilibrium(nn.Module):
         self.bd = BatchDecorrelation(self.num_groups, self.group_size, num_iterations, eps, momentum)
         self.ir = InstanceReweighting(in_channels, reduction, momentum)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the block to ``x``, (N, C, H, W)."""
+    def forward(self, x: Tensor, norm: Optional[_BatchNorm] = None) -> Tensor:
+        """Apply the block to ``x``, (N, C, H, W), or, folded into one product, to ``norm(x)``.
+
+        Args:
+            x: The output of the norm before CE, or its input where ``norm`` is given.
+            norm: A BatchNorm in evaluation, which is an affine map of each channel.
+        """
         self._check_input(x)
         with torch.autocast(x.device.type, enabled=False):
-            features = x.to(torch.promote_types(x.dtype, torch.float32))
-            matrix = self._training_matrix(features) if self.training else self._evaluation_matrix(features)
-            n, _, h, w = x.shape
-            out = matrix @ features.reshape(n, self.num_groups, self.group_size, h * w)
-            return out.reshape(x.shape).to(x.dtype)
+            return mix(
+                x,
+                self.group_size,
+                self._matrix,
+                tuple(self.parameters()),
+                with_covariance=self.training,
+                affine=None if norm is None else affine_of(norm),
+            )
 
-    def _training_matrix(self, x: Tensor) -> Tensor:
-        """Return M from the batch's statistics."""
-        mean, covariance, variance = moments(x, self.group_size)
-        whitening = self.bd(mean, covariance)
-        mean_square = (covariance.diagonal(dim1=1, dim2=2) + mean.squeeze(2).square()).mean()
-        scale = self.ir.batch_scale(variance, mean_square)
-        return self._mix(whitening, self.ir.gate(variance) / scale)
-
-    def _evaluation_matrix(self, x: Tensor) -> Tensor:
-        """Return M from the running P_T and s and the sample's own variance."""
-        # Cloned: a training pass may update the buffers in place before this graph's backward pass.
-        whitening = self.bd.running_whitening.clone()
-        scale = self.ir.running_scale.clone()
-        return self._mix(whitening, self.ir.gate(spatial_variance(x)) / scale)
-
-    def _mix(self, whitening: Tensor, reweighting: Tensor) -> Tensor:
+    def _matrix(self, moments: Moments) -> Tensor:
         """Return M = lambda P + (1 - lambda) diag(gate / s), (N, G, d, d)."""
+        if self.training:
+            whitening = self.bd(moments.mean, moments.covariance)
+            scale = self.ir.batch_scale(moments)
+        else:
+            # Cloned: a training pass may update the buffers in place before this graph's backward pass.
+            whitening = self.bd.running_whitening.clone()
+            scale = self.ir.running_scale.clone()
+        reweighting = (self.ir.gate(moments.variance) / scale).unflatten(1, (self.num_groups, self.group_size))
         lam = torch.sigmoid(self.theta)
-        diagonal = reweighting.unflatten(1, (self.num_groups, self.group_size)).diag_embed()
-        return lam * whitening + (1 - lam) * diagonal
+        return lam * whitening + (1 - lam) * reweighting.diag_embed()
 
     @property
     def lacks_statistics(self) -> bool:

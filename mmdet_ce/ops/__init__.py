@@ -1,14 +1,15 @@
 """The mathematics of Channel Equilibrium as functions of tensors."""
 
-from .moments import Moments, moments, spatial_variance
+from .mix import Affine, Moments, affine_of, mix
 from .newton import inverse_sqrt_newton
 from .reference import CEReferenceOutput, channel_equilibrium_reference
 
 __all__ = [
+    'Affine',
     'CEReferenceOutput',
     'Moments',
+    'affine_of',
     'channel_equilibrium_reference',
     'inverse_sqrt_newton',
-    'moments',
-    'spatial_variance',
+    'mix',
 ]
