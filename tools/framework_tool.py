@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import runpy
 import sys
+import warnings
 from pathlib import Path
 
-import mmdet
-from mmengine.config import Config
+# mmengine's own, at every start and in every worker; it says nothing about the user's run
+warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
+os.environ.setdefault('PYTHONWARNINGS', 'ignore:pkg_resources is deprecated:UserWarning')
 
-from mmdet_ce.preflight import find_problems
+import mmdet  # noqa: E402
+from mmengine.config import Config  # noqa: E402
+
+from mmdet_ce.preflight import find_problems  # noqa: E402
 
 
 def find_tool(name: str) -> Path:

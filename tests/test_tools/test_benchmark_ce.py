@@ -1,0 +1,51 @@
+"""The benchmark's yardstick computes what CE computes, and the tool leaves its table and its chart."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+
+import benchmark_ce
+import pytest
+import torch
+from utils import assert_agree, randomize
+
+from mmdet_ce import CEResNet, ChannelEquilibrium
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_released_form_equals_the_block(training):
+    ce = randomize(ChannelEquilibrium(32)).double().train(training)
+    released = benchmark_ce.ReleasedForm(copy.deepcopy(ce))
+    x = torch.randn(2, 32, 6, 5, dtype=torch.float64)
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    out, expected = ce(a), released(b)
+    out.square().sum().backward(), expected.square().sum().backward()
+    assert_agree(out, expected, 1e-9)
+    assert_agree(a.grad, b.grad, 1e-9)
+
+
+def test_released_backbone_equals_ours():
+    backbone = randomize(CEResNet(depth=18, base_channels=16)).eval()
+    x = torch.randn(1, 3, 32, 32)
+    for a, b in zip(backbone(x), benchmark_ce.with_released_form(backbone)(x)):
+        assert_agree(a, b, 1e-4)
+
+
+def test_bytes_saved_counts_each_tensor_once():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Sigmoid())
+    x = torch.randn(3, 4)
+    assert benchmark_ce.bytes_saved(model, x) == 3 * 8 * 4, "sigmoid's output; the weights and the input are aside"
+
+
+@pytest.mark.slow
+def test_command_writes_table_and_chart(tmp_path, monkeypatch, capsys):
+    command = f'benchmark_ce.py --what backbone --depth 18 --batch 1 --size 64 64 --rounds 2 --out-dir {tmp_path}'
+    monkeypatch.setattr(sys, 'argv', command.split())
+    benchmark_ce.main()
+    assert 'train step' in capsys.readouterr().out
+    results = json.loads((tmp_path / 'results.json').read_text())
+    assert results['environment']['torch'] == torch.__version__
+    assert [row['candidate'] for row in results['rows']].count('CE') == 2
+    assert (tmp_path / 'benchmark.png').stat().st_size > 10_000
