@@ -62,7 +62,7 @@ def mix(
         x: (N, C, H, W), or the input z of the norm where ``affine`` is given.
         group_size: Channels d of a group; divides C.
         matrix_of: From the moments to M, (N, G, d, d). Called once.
-        parameters: Every tensor beside the moments that ``matrix_of`` is to be differentiated by.
+        parameters: The leaf tensors, beside the moments, that ``matrix_of`` is to be differentiated by.
         with_covariance: Whether ``matrix_of`` reads mean and covariance; without, only variances are computed.
         affine: The norm in evaluation before CE, folded into M.
 
@@ -71,18 +71,24 @@ def mix(
     """
     length = x.shape[2] * x.shape[3]
 
-    def matrix_and_bias(sums: Tensor, squares: Tensor) -> tuple[Tensor, Optional[Tensor]]:
-        matrix = matrix_of(_moments(sums, squares, length, affine))
-        if affine is None:
+    def matrix_and_bias(sums: Tensor, squares: Tensor, *affine: Tensor) -> tuple[Tensor, Optional[Tensor]]:
+        weight, bias = (t.reshape(-1, group_size) for t in affine) if affine else (None, None)  # (G, d)
+        matrix = matrix_of(_moments(sums, squares, length, weight, bias))
+        if not affine:
             return matrix, None
-        weight, bias = (t.reshape(-1, group_size) for t in affine)
         return matrix * weight[:, None, :], matrix @ bias[:, :, None]
 
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        out = _Mix.apply(x, group_size, matrix_and_bias, with_covariance, *parameters, *(affine or ()))
+        out = _Mix.apply(
+            x, group_size, matrix_and_bias, with_covariance, affine is not None, *(affine or ()), *parameters
+        )
     else:
         groups = _groups(x, group_size)
-        out = _multiply(*matrix_and_bias(*_reduce(groups, with_covariance)), groups).to(x.dtype).view(x.shape)
+        out = (
+            _multiply(*matrix_and_bias(*_reduce(groups, with_covariance), *(affine or ())), groups)
+            .to(x.dtype)
+            .view(x.shape)
+        )
     return out.contiguous(memory_format=_memory_format(x))
 
 
@@ -121,14 +127,12 @@ def _multiply(matrix: Tensor, bias: Optional[Tensor], groups: Tensor, out: Optio
     return torch.baddbmm(_flat(bias), _flat(matrix), _flat(groups), out=out)
 
 
-def _moments(sums: Tensor, squares: Tensor, length: int, affine: Optional[Affine]) -> Moments:
-    """Return the moments of x from the reductions of x, or of the z that ``affine`` maps to x."""
-    n, g, d = sums.shape
+def _moments(sums: Tensor, squares: Tensor, length: int, weight: Optional[Tensor], bias: Optional[Tensor]) -> Moments:
+    """Return the moments of x from the reductions of x, or of the z with x = weight * z + bias, both (G, d)."""
     mean = sums / length  # (N, G, d)
     diagonal = squares if squares.dim() == 3 else squares.diagonal(dim1=2, dim2=3)
     # Rounding can leave a constant channel with a tiny negative sum of squared deviations.
     variance = (diagonal - mean * sums).clamp_min(0) / max(length - 1, 1)
-    weight, bias = (None, None) if affine is None else (t.reshape(g, d) for t in affine)
     if weight is not None:
         variance = variance * weight.square()
     if squares.dim() == 3:
@@ -151,17 +155,20 @@ class _Mix(torch.autograd.Function):
         group_size: int,
         matrix_and_bias: Callable,
         with_covariance: bool,
+        with_affine: bool,
         *inputs: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(x)
-        groups = _groups(x, group_size)
-        with torch.enable_grad():
-            # A graph of small matrices only, from the statistics and the inputs to M.
-            statistics = [t.detach().requires_grad_() for t in _reduce(groups, with_covariance)]
-            ctx.matrix, ctx.bias = matrix_and_bias(*statistics)
-        ctx.statistics = statistics
-        ctx.inputs = inputs
         ctx.group_size = group_size
+        groups = _groups(x, group_size)
+        statistics = _reduce(groups, with_covariance)
+        affine, parameters = (inputs[:2], inputs[2:]) if with_affine else ((), inputs)
+        # The affine map's weight and bias depend on each other outside; detached, each gets its own partial derivative.
+        ctx.leaves = [t.detach().requires_grad_(t.requires_grad) for t in affine]
+        ctx.statistics = [t.detach().requires_grad_() for t in statistics]
+        with torch.enable_grad():  # records a graph of small matrices only
+            ctx.matrix, ctx.bias = matrix_and_bias(*ctx.statistics, *ctx.leaves)
+        ctx.leaves += parameters
         bias = None if ctx.bias is None else ctx.bias.detach()
         # Written into a tensor of the final shape: autograd lets nobody change a function's output that is a view.
         out = groups.new_empty(x.shape)
@@ -178,7 +185,7 @@ class _Mix(torch.autograd.Function):
             if ctx.bias is not None:
                 outputs.append(ctx.bias)
                 grads.append(dy.sum(2).view_as(ctx.bias))
-            wanted = [*ctx.statistics, *(t for t in ctx.inputs if t.requires_grad)]
+            wanted = [*ctx.statistics, *(t for t in ctx.leaves if t.requires_grad)]
             # retain_graph: it goes when ctx does, and a user may retain the outer graph
             dsums, dsquares, *dinputs = torch.autograd.grad(
                 outputs, wanted, grads, retain_graph=True, allow_unused=True, materialize_grads=True
@@ -191,4 +198,4 @@ class _Mix(torch.autograd.Function):
                 dx.baddbmm_(_flat(dsquares + dsquares.transpose(2, 3)), groups)
                 dx = dx.to(x.dtype).view(x.shape)
         rest = iter(dinputs)
-        return dx, None, None, None, *(next(rest) if t.requires_grad else None for t in ctx.inputs)
+        return dx, None, None, None, None, *(next(rest) if t.requires_grad else None for t in ctx.leaves)

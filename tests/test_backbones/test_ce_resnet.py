@@ -277,6 +277,36 @@ def test_autocast_trains_finite():
     assert all(torch.isfinite(p.grad).all() for p in backbone.parameters())
 
 
+@pytest.mark.parametrize('depth', [18, 50])
+@pytest.mark.parametrize('ce_eval', [True, False])
+def test_hooked_layers_are_called_in_turn_and_give_the_same(depth, ce_eval):
+    """Without hooks an evaluated norm is folded into CE; with one on either layer both run on their own."""
+    backbone = randomize(CEResNet(depth=depth, ce_eval=ce_eval, **TINY)).double().train()
+    hooked = copy.deepcopy(backbone)
+    seen = {}
+    hooked.layer1[0].ce.register_forward_hook(lambda m, i, o: seen.update(ce=i[0].clone()))
+    last_norm = hooked.layer1[0].norm2 if depth == 18 else hooked.layer1[0].norm3
+    last_norm.register_forward_hook(lambda m, i, o: seen.update(norm=o.clone()))
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    outs = [model(x) for model in (backbone, hooked)]
+    for a, b in zip(*outs):
+        assert_agree(a, b, 1e-9)
+    assert torch.equal(seen['norm'], seen['ce'])
+    for model_outs in outs:
+        sum(o.square().mean() for o in model_outs).backward()
+    for (name, a), b in zip(backbone.named_parameters(), hooked.parameters()):
+        assert_agree(a.grad, b.grad, 1e-8, name)
+
+
+def test_compiles_in_evaluation_without_a_graph_break():
+    backbone = randomize(CEResNet(depth=18, **TINY)).eval()
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        outs = torch.compile(backbone, fullgraph=True, backend='aot_eager')(x)
+        for a, b in zip(outs, backbone(x)):
+            assert_agree(a, b, 1e-5)
+
+
 # ---- bad input ----
 
 

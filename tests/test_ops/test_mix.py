@@ -1,0 +1,134 @@
+"""The one-matrix form: folding, dtypes, memory formats, what it saves, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from utils import assert_agree, randomize
+
+from mmdet_ce import ChannelEquilibrium
+
+
+def norm_and_ce(dtype=torch.float64, affine=True):
+    norm = randomize(nn.BatchNorm2d(32, affine=affine)).to(dtype).eval()
+    return norm, randomize(ChannelEquilibrium(32), seed=1).to(dtype)
+
+
+def run(function, x, *modules):
+    """Return the output and the gradients of the input and of all parameters."""
+    for module in modules:
+        module.zero_grad()
+    x = x.clone().requires_grad_()
+    out = function(x)
+    (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
+    return out, x.grad, *(p.grad for m in modules for p in m.parameters())
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('affine', [True, False])
+def test_folded_norm_equals_norm_then_ce(training, affine):
+    norm, ce = norm_and_ce(affine=affine)
+    ce.train(training)
+    other = copy.deepcopy(ce)
+    x = 2 * torch.randn(3, 32, 5, 7, dtype=torch.float64) + 1
+    folded, expected = run(lambda x: ce(x, norm), x, norm, ce), run(lambda x: other(norm(x)), x, norm, other)
+    for a, b in zip(folded, expected):
+        assert_agree(a, b, 1e-9)
+    for (name, a), b in zip(ce.named_buffers(), other.buffers()):
+        assert_agree(a, b, 1e-9, name)
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_memory_formats_agree(training):
+    _, ce = norm_and_ce()
+    ce.train(training)
+    x = torch.randn(2, 32, 5, 7, dtype=torch.float64)
+    plain = run(copy.deepcopy(ce), x, ce)
+    other = copy.deepcopy(ce)
+    y = x.to(memory_format=torch.channels_last).requires_grad_()
+    out = other(y)
+    assert out.is_contiguous(memory_format=torch.channels_last) and ce(x).is_contiguous()
+    assert_agree(out, plain[0], 1e-12)
+    strided = torch.randn(2, 64, 5, 7, dtype=torch.float64)[:, ::2]
+    assert_agree(copy.deepcopy(ce).eval()(strided), copy.deepcopy(ce).eval()(strided.contiguous()), 1e-12)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('training', [True, False])
+def test_low_precision_errs_by_its_own_rounding(dtype, training):
+    """Not more than float32's result rounded: statistics, matrices and products are float32."""
+    norm, ce = norm_and_ce(torch.float32)
+    ce.train(training)
+    x = torch.randn(2, 32, 8, 8).to(dtype)
+    exact = run(copy.deepcopy(ce), x.float(), ce)
+    x = x.requires_grad_()
+    out = copy.deepcopy(ce)(x)
+    out.backward(torch.linspace(-1, 1, out.numel()).view_as(out).to(dtype))
+    rounding = torch.finfo(dtype).eps
+    assert out.dtype == x.grad.dtype == dtype
+    assert_agree(out.float(), exact[0], rounding)
+    assert_agree(x.grad.float(), exact[1], 4 * rounding)
+
+
+def test_output_does_not_depend_on_the_order_of_the_batch():
+    _, ce = norm_and_ce()
+    x = torch.randn(4, 32, 5, 5, dtype=torch.float64)
+    order = torch.tensor([2, 0, 3, 1])
+    assert_agree(ce.train()(x[order]), ce(x)[order], 1e-12)
+
+
+def test_saves_nothing_of_its_inputs_size_but_the_input():
+    norm, ce = norm_and_ce(torch.float32)
+    x = torch.randn(2, 32, 64, 64, requires_grad=True)
+    for training in (True, False):
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # noqa: B023
+            ce.train(training)(x, norm)
+        assert [t.data_ptr() for t in saved if t.numel() >= x.numel() // 8] == [x.data_ptr()]
+
+
+def test_output_may_be_changed_in_place():
+    """A residual block adds its shortcut in place."""
+    _, ce = norm_and_ce()
+    x = torch.randn(2, 32, 4, 4, dtype=torch.float64)
+    a = run(lambda x: ce.eval()(x) + x, x, ce)
+    b = run(lambda x: ce(x).add_(x).relu_(), x, ce)
+    assert_agree(b[0], a[0].relu(), 1e-12)
+
+
+def test_backward_twice_through_a_retained_graph():
+    _, ce = norm_and_ce()
+    x = torch.randn(2, 32, 4, 4, dtype=torch.float64, requires_grad=True)
+    loss = ce(x).square().sum()
+    loss.backward(retain_graph=True)
+    first = x.grad.clone()
+    loss.backward()
+    assert_agree(x.grad, 2 * first, 1e-12)
+
+
+def test_double_backward_is_refused_clearly():
+    _, ce = norm_and_ce()
+    x = torch.randn(2, 32, 4, 4, dtype=torch.float64, requires_grad=True)
+    (grad,) = torch.autograd.grad(ce(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match='once_differentiable'):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_frozen_parameters_and_frozen_input(training):
+    norm, ce = norm_and_ce()
+    ce.train(training)
+    x = torch.randn(2, 32, 4, 4, dtype=torch.float64)
+    expected = run(lambda x: copy.deepcopy(ce)(x, norm), x, norm)[1]
+    ce.theta.requires_grad_(False)
+    norm.requires_grad_(False).zero_grad()
+    y = x.clone().requires_grad_()
+    ce(y, norm).mul(torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x)).sum().backward()
+    assert_agree(y.grad, expected, 1e-9)
+    assert ce.theta.grad is None and norm.weight.grad is None and ce.ir.fc1.weight.grad is not None
+    ce.zero_grad()
+    ce(x, norm).sum().backward()  # an input without gradient: a frozen layer before CE
+    assert ce.ir.fc1.weight.grad is not None
