@@ -42,12 +42,11 @@ class ReleasedForm(nn.Module):
         super().__init__()
         self.ce = ce
 
-    def forward(self, x: Tensor, norm: Optional[nn.Module] = None) -> Tensor:
-        """Apply CE to ``x``, (N, C, H, W), or to ``norm(x)``."""
-        x = x if norm is None else norm(x)
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply CE to ``x``, (N, C, H, W)."""
         ce, (n, c, h, w) = self.ce, x.shape
         variance = x.reshape(n, c, -1).var(dim=-1)
-        gate = ce.ir.gate(variance)
+        gate = ce.ir.gate(variance, *ce.ir.gate_parameters)
         grouped = x.transpose(0, 1).contiguous().reshape(ce.num_groups, ce.group_size, -1)
         if ce.training:
             scale = variance.mean().sqrt()

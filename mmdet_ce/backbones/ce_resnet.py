@@ -17,7 +17,7 @@ from ..layers import ChannelEquilibrium
 
 
 def build_ce(ce_cfg: dict, in_channels: int) -> ChannelEquilibrium:
-    """Build the CE layer of a slot from ``ce_cfg``, whose type defaults to ChannelEquilibrium."""
+    """Build the CE layer of a slot from ``ce_cfg``; its type, if given, names a subclass of ChannelEquilibrium."""
     return MODELS.build({'type': 'ChannelEquilibrium', **ce_cfg, 'in_channels': in_channels})
 
 
@@ -29,8 +29,9 @@ def norm_ce(norm: nn.Module, ce: Optional[ChannelEquilibrium], x: Tensor) -> Ten
     """
     if ce is None:
         return norm(x)
-    foldable = isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)) and not norm.training
-    if foldable and norm.track_running_stats and not _has_hooks(norm) and not _has_hooks(ce):
+    # Exactly these classes: a subclass may compute something else.
+    foldable = type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) and type(ce) is ChannelEquilibrium
+    if foldable and not norm.training and norm.track_running_stats and not _has_hooks(norm) and not _has_hooks(ce):
         return ce(x, norm)
     return ce(norm(x))
 
@@ -158,14 +159,17 @@ class CEResNet(ResNet):
     def __init__(
         self,
         depth: int,
-        *,
+        in_channels: int = 3,
+        stem_channels: Optional[int] = None,
+        base_channels: int = 64,
+        num_stages: int = 4,
+        *args: Any,
         ce_cfg: Optional[dict] = dict(num_channels=16),
         stage_with_ce: Optional[Sequence[bool]] = None,
         stem_with_ce: bool = True,
-        stem_ce_cfg: dict = dict(num_channels=64),
+        stem_ce_cfg: Optional[dict] = dict(num_channels=64),
         ce_eval: Optional[bool] = None,
         zero_init_residual: Optional[bool] = None,
-        num_stages: int = 4,
         **kwargs: Any,
     ) -> None:
         if depth not in self.arch_settings:
@@ -180,12 +184,21 @@ class CEResNet(ResNet):
         # Set before ResNet's constructor, which calls the methods below.
         self.ce_cfg = ce_cfg
         self.stage_with_ce = tuple(stage_with_ce) if ce_cfg is not None else (False,) * num_stages
-        self.stem_ce_cfg = {**ce_cfg, **stem_ce_cfg} if ce_cfg is not None and stem_with_ce else None
+        self.stem_ce_cfg = {**ce_cfg, **(stem_ce_cfg or {})} if ce_cfg is not None and stem_with_ce else None
         self.ce_eval = ce_eval
         self._random_init = kwargs.get('init_cfg') is None and kwargs.get('pretrained') is None
         self._statistics_checked = False
         self._reported: set[str] = set()
-        super().__init__(depth, num_stages=num_stages, zero_init_residual=zero_init_residual, **kwargs)
+        super().__init__(
+            depth,
+            in_channels,
+            stem_channels,
+            base_channels,
+            num_stages,
+            *args,
+            zero_init_residual=zero_init_residual,
+            **kwargs,
+        )
 
     def make_res_layer(self, **kwargs: Any) -> nn.Module:
         """Pack all blocks of the next stage, with or without CE, into a ``ResLayer``."""
@@ -205,11 +218,16 @@ class CEResNet(ResNet):
         """Return the feature maps of ``out_indices`` for images (N, 3, H, W)."""
         if not self._statistics_checked and not torch.compiler.is_compiling():
             self._check_statistics()
-        if self.deep_stem:
-            x = norm_ce(self.stem[-2], self.ce1, self.stem[:-2](x))
+        if not self.deep_stem:
+            x = self.relu(norm_ce(self.norm1, self.ce1, self.conv1(x)))
+        elif self.ce1 is None:
+            x = self.stem(x)
         else:
-            x = norm_ce(self.norm1, self.ce1, self.conv1(x))
-        x = self.maxpool(self.stem[-1](x) if self.deep_stem else self.relu(x))
+            *layers, norm, relu = self.stem
+            for layer in layers:
+                x = layer(x)
+            x = relu(norm_ce(norm, self.ce1, x))
+        x = self.maxpool(x)
         outs = []
         for i, layer_name in enumerate(self.res_layers):
             x = getattr(self, layer_name)(x)

@@ -14,10 +14,7 @@ from mmdet.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..ops import Moments, affine_of, inverse_sqrt_newton, mix
-
-# A batch whose variance is this small beside its mean square has none that float32 could tell from rounding.
-NO_VARIANCE = 1e-6
+from ..ops import Moments, affine_of, inverse_sqrt_newton, mix, no_autocast
 
 
 class _RunningStatistic(nn.Module):
@@ -30,7 +27,7 @@ class _RunningStatistic(nn.Module):
     @torch.no_grad()
     def _update(self, running: Tensor, batch: Tensor) -> None:
         # Activation checkpointing runs the forward pass again inside the backward pass: that one must not count.
-        if torch._C._current_graph_task_id() == -1:
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
             running.lerp_(batch.to(running.dtype), self.momentum)
 
 
@@ -78,9 +75,16 @@ class InstanceReweighting(_RunningStatistic):
         self.fc2 = nn.Linear(hidden, in_channels, bias=False)
         self.register_buffer('running_scale', torch.ones(1))
 
-    def gate(self, variance: Tensor) -> Tensor:
+    @property
+    def gate_parameters(self) -> tuple[Tensor, ...]:
+        """The gate's W1, LayerNorm weight and bias, and W2."""
+        return self.fc1.weight, self.norm.weight, self.norm.bias, self.fc2.weight
+
+    def gate(self, variance: Tensor, w1: Tensor, norm_weight: Tensor, norm_bias: Tensor, w2: Tensor) -> Tensor:
         """Return sigmoid(W2 relu(LayerNorm(W1 v))), (N, C), of the spatial variance v, (N, C)."""
-        return torch.sigmoid(self.fc2(F.relu(self.norm(self.fc1(variance)))))
+        w1, norm_weight, norm_bias, w2 = (t.to(variance.dtype) for t in (w1, norm_weight, norm_bias, w2))
+        hidden = F.layer_norm(F.linear(variance, w1), norm_bias.shape, norm_weight, norm_bias, self.norm.eps)
+        return torch.sigmoid(F.linear(F.relu(hidden), w2))
 
     def batch_scale(self, moments: Moments) -> Tensor:
         """Return s = sqrt(mean of v), (1,), and update its running value.
@@ -90,7 +94,8 @@ class InstanceReweighting(_RunningStatistic):
         """
         mean_variance = moments.variance.mean().reshape(1)
         mean_square = (moments.covariance.diagonal(dim1=1, dim2=2) + moments.mean.squeeze(2).square()).mean()
-        has_variance = mean_variance > NO_VARIANCE * mean_square
+        # Beside the mean square, less than what rounding leaves of a constant in the moments.
+        has_variance = mean_variance > (8 * torch.finfo(mean_variance.dtype).eps) ** 2 * mean_square
         scale = torch.where(has_variance, mean_variance, torch.ones_like(mean_variance)).sqrt()
         self._update(self.running_scale, scale)
         return scale
@@ -139,8 +144,6 @@ class ChannelEquilibrium(nn.Module):
         (2, 64, 8, 8)
     """
 
-    _abbr_ = 'ce'  # the name that mmcv gives the layer where it is a plugin
-
     def __init__(
         self,
         in_channels: int,
@@ -174,28 +177,30 @@ class ChannelEquilibrium(nn.Module):
             norm: A BatchNorm in evaluation, which is an affine map of each channel.
         """
         self._check_input(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x):
             return mix(
                 x,
                 self.group_size,
                 self._matrix,
-                tuple(self.parameters()),
+                (self.theta, *self.ir.gate_parameters),
                 with_covariance=self.training,
                 affine=None if norm is None else affine_of(norm),
             )
 
-    def _matrix(self, moments: Moments) -> Tensor:
+    def _matrix(self, moments: Moments, theta: Tensor, *gate_parameters: Tensor) -> Tensor:
         """Return M = lambda P + (1 - lambda) diag(gate / s), (N, G, d, d)."""
+        dtype = moments.variance.dtype
         if self.training:
             whitening = self.bd(moments.mean, moments.covariance)
             scale = self.ir.batch_scale(moments)
         else:
             # Cloned: a training pass may update the buffers in place before this graph's backward pass.
-            whitening = self.bd.running_whitening.clone()
-            scale = self.ir.running_scale.clone()
-        reweighting = (self.ir.gate(moments.variance) / scale).unflatten(1, (self.num_groups, self.group_size))
-        lam = torch.sigmoid(self.theta)
-        return lam * whitening + (1 - lam) * reweighting.diag_embed()
+            whitening = self.bd.running_whitening.to(dtype, copy=True)
+            scale = self.ir.running_scale.to(dtype, copy=True)
+        reweighting = self.ir.gate(moments.variance, *gate_parameters) / scale  # (N, C)
+        lam = torch.sigmoid(theta.to(dtype))
+        diagonal = ((1 - lam) * reweighting).unflatten(1, (self.num_groups, self.group_size)).diag_embed()
+        return lam * whitening + diagonal
 
     @property
     def lacks_statistics(self) -> bool:

@@ -1,6 +1,6 @@
 """The mathematics of Channel Equilibrium as functions of tensors."""
 
-from .mix import Affine, Moments, affine_of, mix
+from .mix import Affine, Moments, affine_of, mix, no_autocast
 from .newton import inverse_sqrt_newton
 from .reference import CEReferenceOutput, channel_equilibrium_reference
 
@@ -12,4 +12,5 @@ __all__ = [
     'channel_equilibrium_reference',
     'inverse_sqrt_newton',
     'mix',
+    'no_autocast',
 ]

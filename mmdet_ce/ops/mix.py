@@ -8,13 +8,17 @@ and multiplied once; what lies between are small matrices, left to autograd. The
     dM -> dGram, dsum, parameters          autograd, small matrices
     dx = M^T dy + (dGram + dGram^T) x + dsum
 
-and keeps nothing for it but x. A norm in evaluation is an affine map a z + b, so CE after it is M (a z + b): the moments
-of x follow from those of z, and neither x nor anything else of its size is stored.
+and keeps nothing of the size of x for it but x. A norm in evaluation is an affine map a z + b, so CE after it is
+M (a z + b): the moments of x follow from those of z, and only z is kept.
+
+The reductions are taken about a pilot mean, a constant that cancels in every moment: about zero, a mean of many
+standard deviations would cost float32 the variance's digits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Callable, NamedTuple, Optional
 
 import torch
@@ -50,7 +54,7 @@ def affine_of(norm: _BatchNorm) -> Affine:
 def mix(
     x: Tensor,
     group_size: int,
-    matrix_of: Callable[[Moments], Tensor],
+    matrix_of: Callable[..., Tensor],
     parameters: Sequence[Tensor] = (),
     *,
     with_covariance: bool = True,
@@ -61,35 +65,44 @@ def mix(
     Args:
         x: (N, C, H, W), or the input z of the norm where ``affine`` is given.
         group_size: Channels d of a group; divides C.
-        matrix_of: From the moments to M, (N, G, d, d). Called once.
-        parameters: The leaf tensors, beside the moments, that ``matrix_of`` is to be differentiated by.
+        matrix_of: ``matrix_of(moments, *parameters)`` returns M, (N, G, d, d). Called once, with parameters that are
+            detached from these.
+        parameters: The tensors, beside the moments, that ``matrix_of`` is to be differentiated by.
         with_covariance: Whether ``matrix_of`` reads mean and covariance; without, only variances are computed.
         affine: The norm in evaluation before CE, folded into M.
 
     Returns:
-        (N, C, H, W), in the dtype and memory format of ``x``. Differentiable once.
+        (N, C, H, W), in the dtype and memory format of ``x``. Differentiable once. Input that is not contiguous is
+        copied to the contiguous format first.
     """
-    length = x.shape[2] * x.shape[3]
-
-    def matrix_and_bias(sums: Tensor, squares: Tensor, *affine: Tensor) -> tuple[Tensor, Optional[Tensor]]:
-        weight, bias = (t.reshape(-1, group_size) for t in affine) if affine else (None, None)  # (G, d)
-        matrix = matrix_of(_moments(sums, squares, length, weight, bias))
-        if not affine:
-            return matrix, None
-        return matrix * weight[:, None, :], matrix @ bias[:, :, None]
-
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        out = _Mix.apply(
-            x, group_size, matrix_and_bias, with_covariance, affine is not None, *(affine or ()), *parameters
-        )
+    inputs = (*(affine or ()), *parameters)
+    call = _Call(group_size, matrix_of, with_covariance, affine is not None)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+        out = _Mix.apply(x, call, *inputs)
     else:
         groups = _groups(x, group_size)
-        out = (
-            _multiply(*matrix_and_bias(*_reduce(groups, with_covariance), *(affine or ())), groups)
-            .to(x.dtype)
-            .view(x.shape)
-        )
+        matrix, bias = call.matrix_and_bias(groups.shape[3], *_reduce(groups, with_covariance), *inputs)
+        out = _multiply(matrix, bias, groups).to(x.dtype).view(x.shape)
     return out.contiguous(memory_format=_memory_format(x))
+
+
+class _Call(NamedTuple):
+    """The arguments of ``mix`` that are no tensors, and the small matrices that they ask for."""
+
+    group_size: int
+    matrix_of: Callable[..., Tensor]
+    with_covariance: bool
+    with_affine: bool
+
+    def matrix_and_bias(
+        self, length: int, pilot: Tensor, sums: Tensor, squares: Tensor, *inputs: Tensor
+    ) -> tuple[Tensor, Optional[Tensor]]:
+        """Return M and the bias that the affine map adds, (N, G, d, 1)."""
+        if not self.with_affine:
+            return self.matrix_of(_moments(length, pilot, sums, squares), *inputs), None
+        weight, bias = (t.reshape(-1, self.group_size) for t in inputs[:2])  # (G, d)
+        matrix = self.matrix_of(_moments(length, pilot, sums, squares, weight, bias), *inputs[2:])
+        return matrix * weight[:, None, :], matrix @ bias[:, :, None]
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
@@ -102,7 +115,7 @@ def _memory_format(x: Tensor) -> torch.memory_format:
 
 
 def _groups(x: Tensor, group_size: int) -> Tensor:
-    """Return (N, C, H, W) as (N, G, d, L), in float32 at least; a view where possible."""
+    """Return (N, C, H, W) as (N, G, d, L), in float32 at least; a view of contiguous float32 or float64."""
     return _at_least_float32(x).reshape(x.shape[0], -1, group_size, x.shape[2] * x.shape[3])
 
 
@@ -111,13 +124,47 @@ def _flat(matrices: Tensor) -> Tensor:
     return matrices.flatten(0, 1)
 
 
-def _reduce(groups: Tensor, with_covariance: bool) -> tuple[Tensor, Tensor]:
-    """Return the sums over positions, (N, G, d), and the Gram matrices, (N, G, d, d), or only their diagonals."""
-    sums = groups.sum(3)
+def _reduce(groups: Tensor, with_covariance: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a pilot mean and the sums about it.
+
+    With covariance the pilot is the batch's mean, (1, G, d); the sums over positions of x - pilot, (N, G, d), and of
+    (x - pilot)(x - pilot)^T, (N, G, d, d), are each sample's. Without, the pilot is the sample's mean, (N, G, d), and
+    only the diagonals of the products are computed, (N, G, d).
+    """
+    length = groups.shape[3]
+    means = groups.mean(3)
+    pilot = means.mean(0, keepdim=True) if with_covariance else means
+    centred = groups - pilot[..., None]
+    sums = length * (means - pilot)
     if not with_covariance:
-        return sums, torch.linalg.vector_norm(groups, dim=3).square()  # squares nothing of the size of x
-    flat = _flat(groups)
-    return sums, torch.bmm(flat, flat.transpose(1, 2)).unflatten(0, groups.shape[:2])
+        return pilot, sums, torch.linalg.vector_norm(centred, dim=3).square()
+    flat = _flat(centred)
+    return pilot, sums, torch.bmm(flat, flat.transpose(1, 2)).unflatten(0, groups.shape[:2])
+
+
+def _moments(
+    length: int,
+    pilot: Tensor,
+    sums: Tensor,
+    squares: Tensor,
+    weight: Optional[Tensor] = None,
+    bias: Optional[Tensor] = None,
+) -> Moments:
+    """Return the moments of x from the sums of x, or from those of z where x = weight * z + bias, both (G, d)."""
+    offset = sums / length  # (N, G, d), each sample's mean about the pilot
+    diagonal = squares if squares.dim() == 3 else squares.diagonal(dim1=2, dim2=3)
+    variance = (diagonal - offset * sums).clamp_min(0) / max(length - 1, 1)
+    if weight is not None:
+        variance = variance * weight.square()
+    if squares.dim() == 3:
+        return Moments(variance.flatten(1), None, None)
+    mean_offset = offset.mean(0)[..., None]  # (G, d, 1)
+    mean = pilot.mean(0)[..., None] + mean_offset
+    covariance = squares.mean(0) / length - mean_offset @ mean_offset.transpose(1, 2)
+    if weight is not None:
+        mean = weight[..., None] * mean + bias[..., None]
+        covariance = weight[:, :, None] * covariance * weight[:, None, :]
+    return Moments(variance.flatten(1), mean, covariance)
 
 
 def _multiply(matrix: Tensor, bias: Optional[Tensor], groups: Tensor, out: Optional[Tensor] = None) -> Tensor:
@@ -127,51 +174,22 @@ def _multiply(matrix: Tensor, bias: Optional[Tensor], groups: Tensor, out: Optio
     return torch.baddbmm(_flat(bias), _flat(matrix), _flat(groups), out=out)
 
 
-def _moments(sums: Tensor, squares: Tensor, length: int, weight: Optional[Tensor], bias: Optional[Tensor]) -> Moments:
-    """Return the moments of x from the reductions of x, or of the z with x = weight * z + bias, both (G, d)."""
-    mean = sums / length  # (N, G, d)
-    diagonal = squares if squares.dim() == 3 else squares.diagonal(dim1=2, dim2=3)
-    # Rounding can leave a constant channel with a tiny negative sum of squared deviations.
-    variance = (diagonal - mean * sums).clamp_min(0) / max(length - 1, 1)
-    if weight is not None:
-        variance = variance * weight.square()
-    if squares.dim() == 3:
-        return Moments(variance.flatten(1), None, None)
-    mean = mean.mean(0)[..., None]  # (G, d, 1)
-    covariance = squares.mean(0) / length - mean @ mean.transpose(1, 2)
-    if weight is not None:
-        mean = weight[..., None] * mean + bias[..., None]
-        covariance = weight[:, :, None] * covariance * weight[:, None, :]
-    return Moments(variance.flatten(1), mean, covariance)
-
-
 class _Mix(torch.autograd.Function):
-    """The product and its backward pass as described at the top; saves x alone."""
+    """The product and its backward pass as described at the top."""
 
     @staticmethod
-    def forward(
-        ctx: FunctionCtx,
-        x: Tensor,
-        group_size: int,
-        matrix_and_bias: Callable,
-        with_covariance: bool,
-        with_affine: bool,
-        *inputs: Tensor,
-    ) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.group_size = group_size
-        groups = _groups(x, group_size)
-        statistics = _reduce(groups, with_covariance)
-        affine, parameters = (inputs[:2], inputs[2:]) if with_affine else ((), inputs)
-        # The affine map's weight and bias depend on each other outside; detached, each gets its own partial derivative.
-        ctx.leaves = [t.detach().requires_grad_(t.requires_grad) for t in affine]
-        ctx.statistics = [t.detach().requires_grad_() for t in statistics]
+    def forward(ctx: FunctionCtx, x: Tensor, call: _Call, *inputs: Tensor) -> Tensor:
+        groups = _groups(x, call.group_size)
+        ctx.pilot, *sums = _reduce(groups, call.with_covariance)
+        # Detached: a parameter's hooks run once, outside, and inputs that depend on each other get partial derivatives.
+        ctx.sums = [t.requires_grad_() for t in sums]
+        ctx.inputs = [t.detach().requires_grad_(t.requires_grad) for t in inputs]
         with torch.enable_grad():  # records a graph of small matrices only
-            ctx.matrix, ctx.bias = matrix_and_bias(*ctx.statistics, *ctx.leaves)
-        ctx.leaves += parameters
-        bias = None if ctx.bias is None else ctx.bias.detach()
+            ctx.matrix, ctx.bias = call.matrix_and_bias(groups.shape[3], ctx.pilot, *ctx.sums, *ctx.inputs)
+        ctx.save_for_backward(x)
         # Written into a tensor of the final shape: autograd lets nobody change a function's output that is a view.
         out = groups.new_empty(x.shape)
+        bias = None if ctx.bias is None else ctx.bias.detach()
         _multiply(ctx.matrix.detach(), bias, groups, out=_flat(out.view(groups.shape)))
         return out.to(x.dtype)
 
@@ -179,13 +197,14 @@ class _Mix(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Optional[Tensor], ...]:
         (x,) = ctx.saved_tensors
-        with torch.autocast(x.device.type, enabled=False):
-            groups, dy = _flat(_groups(x, ctx.group_size)), _flat(_groups(grad, ctx.group_size))
+        with no_autocast(x):
+            group_size = ctx.matrix.shape[-1]
+            groups, dy = _flat(_groups(x, group_size)), _flat(_groups(grad, group_size))
             outputs, grads = [ctx.matrix], [torch.bmm(dy, groups.transpose(1, 2)).view_as(ctx.matrix)]
             if ctx.bias is not None:
                 outputs.append(ctx.bias)
                 grads.append(dy.sum(2).view_as(ctx.bias))
-            wanted = [*ctx.statistics, *(t for t in ctx.leaves if t.requires_grad)]
+            wanted = [*ctx.sums, *(t for t in ctx.inputs if t.requires_grad)]
             # retain_graph: it goes when ctx does, and a user may retain the outer graph
             dsums, dsquares, *dinputs = torch.autograd.grad(
                 outputs, wanted, grads, retain_graph=True, allow_unused=True, materialize_grads=True
@@ -194,8 +213,16 @@ class _Mix(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 if dsquares.dim() == 3:
                     dsquares = dsquares.diag_embed()
-                dx = torch.baddbmm(_flat(dsums)[..., None], _flat(ctx.matrix.detach()).transpose(1, 2), dy)
-                dx.baddbmm_(_flat(dsquares + dsquares.transpose(2, 3)), groups)
+                symmetric = dsquares + dsquares.transpose(2, 3)
+                constant = dsums[..., None] - symmetric @ ctx.pilot[..., None]
+                dx = torch.baddbmm(_flat(constant), _flat(ctx.matrix.detach()).transpose(1, 2), dy)
+                dx.baddbmm_(_flat(symmetric), groups)
                 dx = dx.to(x.dtype).view(x.shape)
         rest = iter(dinputs)
-        return dx, None, None, None, None, *(next(rest) if t.requires_grad else None for t in ctx.leaves)
+        return dx, None, *(next(rest) if t.requires_grad else None for t in ctx.inputs)
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager:
+    """Return a context in which operations on ``x`` keep their dtype."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

@@ -23,10 +23,10 @@ def inverse_sqrt_newton(covariance: Tensor, num_iterations: int) -> Tensor:
     """
     eye = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
     trace = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    y, p = covariance / trace, eye  # Sigma_N and P_0
-    for k in range(num_iterations):
+    y = covariance / trace  # P_0 Sigma_N
+    step = p = 1.5 * eye - 0.5 * y  # the first step, from P_0 = I
+    for _ in range(num_iterations - 1):
+        y = y @ step
         step = 1.5 * eye - 0.5 * (p @ y)
         p = step @ p
-        if k + 1 < num_iterations:  # the last Y is not needed
-            y = y @ step
     return p

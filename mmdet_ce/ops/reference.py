@@ -86,7 +86,7 @@ def channel_equilibrium_reference(
     else:
         scale = variance.mean().reshape(1)
         # A batch without any spatial variance leaves nothing to equalize: s = 1, where the paper's formula has 0 / 0.
-        scale = torch.ones_like(scale) if scale <= 1e-6 * x.square().mean() else scale.sqrt()
+        scale = torch.ones_like(scale) if scale == 0 else scale.sqrt()
     gates = []
     for v in variance:
         hidden = fc1_weight @ v
