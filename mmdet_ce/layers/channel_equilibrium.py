@@ -93,7 +93,7 @@ class InstanceReweighting(_RunningStatistic):
         ``zero_init_residual`` zeroes the norm before CE) has nothing to be equalized: s = 1, where the formula has 0/0.
         """
         mean_variance = moments.variance.mean().reshape(1)
-        mean_square = (moments.covariance.diagonal(dim1=1, dim2=2) + moments.mean.squeeze(2).square()).mean()
+        mean_square = moments.covariance.detach().diagonal(dim1=1, dim2=2).mean() + moments.mean.square().mean()
         # Beside the mean square, less than what rounding leaves of a constant in the moments.
         has_variance = mean_variance > (8 * torch.finfo(mean_variance.dtype).eps) ** 2 * mean_square
         scale = torch.where(has_variance, mean_variance, torch.ones_like(mean_variance)).sqrt()

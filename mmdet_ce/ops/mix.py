@@ -31,7 +31,7 @@ class Moments(NamedTuple):
     """First and second moments of a feature map, by channel group and by sample."""
 
     variance: Tensor  # (N, C), unbiased, over the positions of one sample; 0 for a 1x1 map
-    mean: Optional[Tensor]  # (G, d, 1), over all samples and positions
+    mean: Optional[Tensor]  # (G, d, 1), over all samples and positions; a constant: no output of CE depends on it
     covariance: Optional[Tensor]  # (G, d, d), biased, over all samples and positions
 
 
@@ -124,8 +124,8 @@ def _flat(matrices: Tensor) -> Tensor:
     return matrices.flatten(0, 1)
 
 
-def _reduce(groups: Tensor, with_covariance: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a pilot mean and the sums about it.
+def _reduce(groups: Tensor, with_covariance: bool, scratch: Optional[Tensor] = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a pilot mean and the sums about it; ``scratch``, of the shape of ``groups``, is overwritten.
 
     With covariance the pilot is the batch's mean, (1, G, d); the sums over positions of x - pilot, (N, G, d), and of
     (x - pilot)(x - pilot)^T, (N, G, d, d), are each sample's. Without, the pilot is the sample's mean, (N, G, d), and
@@ -134,7 +134,7 @@ def _reduce(groups: Tensor, with_covariance: bool) -> tuple[Tensor, Tensor, Tens
     length = groups.shape[3]
     means = groups.mean(3)
     pilot = means.mean(0, keepdim=True) if with_covariance else means
-    centred = groups - pilot[..., None]
+    centred = torch.sub(groups, pilot[..., None], out=scratch)
     sums = length * (means - pilot)
     if not with_covariance:
         return pilot, sums, torch.linalg.vector_norm(centred, dim=3).square()
@@ -158,11 +158,9 @@ def _moments(
         variance = variance * weight.square()
     if squares.dim() == 3:
         return Moments(variance.flatten(1), None, None)
-    mean_offset = offset.mean(0)[..., None]  # (G, d, 1)
-    mean = pilot.mean(0)[..., None] + mean_offset
-    covariance = squares.mean(0) / length - mean_offset @ mean_offset.transpose(1, 2)
+    mean, covariance = pilot.mean(0)[..., None], squares.sum(0) / (len(squares) * length)
     if weight is not None:
-        mean = weight[..., None] * mean + bias[..., None]
+        mean = weight.detach()[..., None] * mean + bias.detach()[..., None]
         covariance = weight[:, :, None] * covariance * weight[:, None, :]
     return Moments(variance.flatten(1), mean, covariance)
 
@@ -180,15 +178,15 @@ class _Mix(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, call: _Call, *inputs: Tensor) -> Tensor:
         groups = _groups(x, call.group_size)
-        ctx.pilot, *sums = _reduce(groups, call.with_covariance)
+        # Allocated in its final shape: autograd lets nobody change a function's output that is a view.
+        out = groups.new_empty(x.shape)
+        ctx.pilot, *sums = _reduce(groups, call.with_covariance, scratch=out.view(groups.shape))
         # Detached: a parameter's hooks run once, outside, and inputs that depend on each other get partial derivatives.
         ctx.sums = [t.requires_grad_() for t in sums]
         ctx.inputs = [t.detach().requires_grad_(t.requires_grad) for t in inputs]
         with torch.enable_grad():  # records a graph of small matrices only
             ctx.matrix, ctx.bias = call.matrix_and_bias(groups.shape[3], ctx.pilot, *ctx.sums, *ctx.inputs)
         ctx.save_for_backward(x)
-        # Written into a tensor of the final shape: autograd lets nobody change a function's output that is a view.
-        out = groups.new_empty(x.shape)
         bias = None if ctx.bias is None else ctx.bias.detach()
         _multiply(ctx.matrix.detach(), bias, groups, out=_flat(out.view(groups.shape)))
         return out.to(x.dtype)

@@ -15,11 +15,11 @@ def inverse_sqrt_newton(covariance: Tensor, num_iterations: int) -> Tensor:
     iteration is far from converged, and a checkpoint must run with the T that it was trained with.
 
     Args:
-        covariance: (..., d, d), symmetric positive definite.
+        covariance: (G, d, d), symmetric positive definite.
         num_iterations: Newton steps T, at least 1.
 
     Returns:
-        P_T, (..., d, d).
+        P_T, (G, d, d).
     """
     eye = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
     trace = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
@@ -27,6 +27,6 @@ def inverse_sqrt_newton(covariance: Tensor, num_iterations: int) -> Tensor:
     step = p = 1.5 * eye - 0.5 * y  # the first step, from P_0 = I
     for _ in range(num_iterations - 1):
         y = y @ step
-        step = 1.5 * eye - 0.5 * (p @ y)
+        step = torch.baddbmm(eye, p, y, beta=1.5, alpha=-0.5)
         p = step @ p
     return p
