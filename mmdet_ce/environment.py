@@ -22,7 +22,9 @@ TESTED = 'torch 2.13.0, mmengine 0.10.7, mmcv 2.1.0 and mmdet 3.3.0'
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.match(r'[\d.]+', version + '.').group().split('.') if part)
+    """Return the leading numbers of a version, () if it has none."""
+    match = re.match(r'v?(\d+(?:\.\d+)*)', version)
+    return tuple(int(part) for part in match[1].split('.')) if match else ()
 
 
 def _import(name: str) -> ModuleType:
@@ -59,6 +61,6 @@ def check_environment() -> None:
             found and what is supported.
     """
     for name, (low, high) in SUPPORTED.items():
-        version = str(_import(name).__version__)
+        version = str(getattr(_import(name), '__version__', 'of unknown version'))
         if not _numbers(low) <= _numbers(version) < _numbers(high):
             raise ImportError(_message(f'found {name} {version}'))

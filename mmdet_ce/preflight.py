@@ -28,9 +28,9 @@ def find_problems(cfg: Config, split: str, checkpoint: Optional[str] = None) -> 
     """
     problems = []
     dicts = list(_dicts(cfg.get('model', {})))
-    imports = (cfg.get('custom_imports') or {}).get('imports') or []
-    used = sorted({str(d['type']) for d in dicts if d.get('type') in CE_TYPES})
-    if used and 'mmdet_ce' not in ([imports] if isinstance(imports, str) else imports):
+    imports = (cfg.get('custom_imports') or {}).get('imports')
+    used = sorted({name for name in (str(d.get('type')).removeprefix('mmdet.') for d in dicts) if name in CE_TYPES})
+    if used and not imports:  # a module of the user's own may import mmdet_ce
         problems.append(
             f'the config uses {" and ".join(used)} but does not import mmdet_ce; add this line: {CUSTOM_IMPORTS}'
         )
@@ -41,21 +41,22 @@ def find_problems(cfg: Config, split: str, checkpoint: Optional[str] = None) -> 
             problems += _dataset_problems(dataset, f'{name}_dataloader.dataset')
         for evaluator in _dicts(cfg.get(f'{name}_evaluator') or {}):
             path = evaluator.get('ann_file')
-            if path and _is_missing(path):
+            if path and not evaluator.get('backend_args') and _is_missing(path):
                 problems.append(
                     f'annotation file {path} not found; set {name}_evaluator.ann_file to the annotations of the data '
                     'that is evaluated'
                 )
 
-    if checkpoint and _is_missing(checkpoint):
-        problems.append(f'checkpoint {checkpoint} not found; expected a file that a training wrote, like epoch_12.pth')
-    elif checkpoint and _is_truncated(checkpoint):
-        problems.append(f'checkpoint {checkpoint} is incomplete (its writing was interrupted?); use another one')
+    for path in filter(None, (checkpoint, cfg.get('load_from') if split == 'train' else None)):
+        if _is_missing(path):
+            problems.append(f'checkpoint {path} not found; expected a file that a training wrote, like epoch_12.pth')
+        elif damage := _damage(path):
+            problems.append(f'checkpoint {path} {damage}; use another one')
     # The framework loads these before every training, a resumed one too, and never for a test.
     for d in dicts if split == 'train' else []:
         path = d.get('checkpoint') if d.get('type') == 'Pretrained' else None
-        if path and _is_truncated(path):
-            problems.append(f'pretrained weights {path} are incomplete (an interrupted download?); get them again')
+        if path and (damage := _damage(path)):
+            problems.append(f'pretrained weights: {path} {damage}; get them again')
         if path and _is_missing(path):
             problems.append(
                 f'pretrained weights {path} not found (model init_cfg); put them there, name others with --cfg-options '
@@ -79,13 +80,17 @@ def _is_missing(path: Any) -> bool:
     return isinstance(path, (str, Path)) and '://' not in str(path) and not Path(path).exists()
 
 
-def _is_truncated(path: Any) -> bool:
-    """Whether a file that starts as torch.save's zip archive does not end as one, or is empty."""
+def _damage(path: Any) -> Optional[str]:
+    """Return what a glance at a local file shows to be wrong with it as a checkpoint."""
     if not Path(path).is_file():
-        return False
+        return None
     with open(path, 'rb') as file:
         start = file.read(2)
-    return not start or (start == b'PK' and not zipfile.is_zipfile(path))
+    if start == b'PK' and not zipfile.is_zipfile(path):
+        return 'is incomplete: it starts as a checkpoint and does not end as one'
+    if start[:1] not in (b'P', b'\x80'):  # torch.save's zip archive, or the bare pickle of old versions
+        return 'is empty' if not start else 'is not a checkpoint of torch.save'
+    return None
 
 
 def _dataset_problems(dataset: dict, where: str) -> list[str]:
@@ -101,7 +106,8 @@ def _dataset_problems(dataset: dict, where: str) -> list[str]:
     ann_file = Path(root) / str(dataset['ann_file'])
     if dataset['ann_file'] and not ann_file.is_file():
         problems.append(f'annotation file {ann_file} not found ({where}.ann_file, relative to its data_root)')
-    for key, prefix in (dataset.get('data_prefix') or {}).items():
+    prefixes = dataset.get('data_prefix') or {}
+    for key, prefix in (prefixes if isinstance(prefixes, dict) else {'img': prefixes}).items():
         folder = Path(root) / str(prefix)
         if prefix and '://' not in str(prefix) and not folder.is_dir():
             problems.append(f'image folder {folder} not found ({where}.data_prefix.{key}, relative to its data_root)')

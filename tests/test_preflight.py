@@ -64,13 +64,21 @@ def test_missing_checkpoints(cfg):
 def test_truncated_checkpoints(cfg, tmp_path):
     torch.save({'w': torch.zeros(1000)}, tmp_path / 'whole.pth')
     data = (tmp_path / 'whole.pth').read_bytes()
-    for name, content in (('part.pth', data[: len(data) // 2]), ('empty.pth', b'')):
+    for name, content, what in (
+        ('part.pth', data[: len(data) // 2], 'is incomplete'),
+        ('empty.pth', b'', 'is empty'),
+        ('text.pth', b'epoch_12', 'is not a checkpoint'),
+    ):
         (tmp_path / name).write_bytes(content)
         cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / name))
         checkpoint, pretrained = find_problems(cfg, 'train', str(tmp_path / name))
-        assert f'{name} is incomplete' in checkpoint and f'{name} are incomplete' in pretrained
+        assert checkpoint.startswith('checkpoint ') and pretrained.startswith('pretrained weights')
+        assert all(f'{name} {what}' in problem for problem in (checkpoint, pretrained))
     cfg.model.backbone.init_cfg = None
     assert find_problems(cfg, 'train', str(tmp_path / 'whole.pth')) == []
+    cfg.load_from = 'none.pth'
+    assert 'checkpoint none.pth not found' in find_problems(cfg, 'train')[0]
+    assert find_problems(cfg, 'test') == []
 
 
 def test_remote_files_are_left_to_the_framework(cfg):
@@ -84,6 +92,15 @@ def test_missing_custom_imports(cfg):
     (problem,) = find_problems(cfg, 'train')
     assert 'uses CEResNet but does not import mmdet_ce' in problem
     assert "custom_imports = dict(imports=['mmdet_ce'], allow_failed_imports=False)" in problem
+
+
+def test_no_false_alarms(cfg):
+    """A user's own module may import mmdet_ce; a file backend may map paths; a prefix may be a string or None."""
+    cfg.custom_imports.imports = ['my_project']
+    cfg.val_evaluator.update(ann_file='none.json', backend_args=dict(backend='petrel'))
+    cfg.train_dataloader.dataset.data_prefix = 'train2017/'
+    cfg.val_dataloader.dataset.data_prefix.img = None
+    assert find_problems(cfg, 'train') == []
 
 
 def test_wrapped_dataset(cfg):

@@ -34,6 +34,16 @@ def test_history_buffer_round_trip(tmp_path):
     assert loaded['iter'] == 3 and loaded['lr'] == 0.5
 
 
+@pytest.mark.parametrize('strategy', ['cos', 'linear'])
+def test_one_cycle_schedule_round_trip(strategy, tmp_path):
+    from mmengine.optim import OneCycleLR
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    scheduler = OneCycleLR(optimizer, eta_max=1.0, total_steps=10, anneal_strategy=strategy)
+    torch.save(scheduler.state_dict(), tmp_path / 'a.pth')
+    scheduler.load_state_dict(torch.load(tmp_path / 'a.pth', weights_only=True))
+
+
 HOSTILE = {
     'os.system': Calls(os.system, 'touch {marker}'),
     'eval': Calls(eval, "open('{marker}', 'w')"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import runpy
 import sys
 import warnings
@@ -49,9 +50,12 @@ def run(name: str) -> None:
             raise
         sys.exit(f'error: {error}')
     except pickle.UnpicklingError as error:
+        # Of torch's message only the cause: the rest tells how to get around the refusal.
+        cause = re.search(r'WeightsUnpickler error: (.+?)(?: was not| Please|\n|$)', str(error))
+        reason = cause[1] if cause else str(error).splitlines()[0]
         sys.exit(
             'error: a checkpoint was refused, and nothing in it was run: it is damaged, or asks for more than tensors '
-            f'and the training state of mmengine ({str(error).splitlines()[0]})'
+            f'and the training state of mmengine ({reason})'
         )
 
 

@@ -70,7 +70,7 @@ def check_machine() -> None:
         )
     if importlib.util.find_spec('ensurepip') is None:
         fail('this Python has no venv module; install it (Debian and Ubuntu: apt install python3.11-venv)')
-    compiler = os.environ.get('CXX', 'c++').split()[0]
+    compiler = (os.environ.get('CXX') or 'c++').split()[0]
     if shutil.which(compiler) is None:
         fail(
             f"no C++ compiler ('{compiler}' not found), and mmcv's operators are compiled; install one "
@@ -78,6 +78,12 @@ def check_machine() -> None:
         )
     if not Path(sysconfig.get_path('include'), 'Python.h').is_file():
         fail("Python's C headers (Python.h) are missing; install them (Debian and Ubuntu: apt install python3.11-dev)")
+    gpu = shutil.which('nvidia-smi') and os.environ.get('CUDA_VISIBLE_DEVICES') != ''
+    if gpu and not (shutil.which('nvcc') or os.environ.get('CUDA_HOME')):
+        fail(
+            "this machine has an NVIDIA GPU but no nvcc, which compiles mmcv's CUDA operators; install the toolkit of "
+            "torch's CUDA version, or set up for the CPU alone: CUDA_VISIBLE_DEVICES= make ..."
+        )
 
 
 def fingerprint() -> str:
@@ -139,10 +145,16 @@ def show_build(lines, log, start: float) -> None:
 
 def mmcv_wheel() -> Path:
     """Return mmcv's wheel from the cache, built first if it is not there."""
-    key = subprocess.run([str(VENV_PYTHON), '-c', BUILD_KEY_CODE], capture_output=True, text=True, check=True)
-    cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'mmdet_ce'
+    key = subprocess.run([str(VENV_PYTHON), '-c', BUILD_KEY_CODE], capture_output=True, text=True)
+    if key.returncode:
+        fail(f'the installed torch does not work:\n{key.stderr}')
+    cache = os.environ.get('XDG_CACHE_HOME', '')
+    cache = Path(cache if os.path.isabs(cache) else Path.home() / '.cache') / 'mmdet_ce'
     folder = cache / f'{pinned("mmcv").replace("==", "")}-{key.stdout.strip()}'
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f'cannot write the cache of built wheels ({error}); set XDG_CACHE_HOME to a folder that can be written')
     with open(folder / 'lock', 'w') as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

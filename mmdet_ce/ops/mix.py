@@ -76,10 +76,10 @@ def mix(
         copied to the contiguous format first.
     """
     inputs = (*(affine or ()), *parameters)
-    call = _Call(group_size, matrix_of, with_covariance, affine is not None)
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+    call = _Call(group_size, matrix_of, with_covariance, affine is not None, torch.is_grad_enabled())
+    if not torch.compiler.is_compiling() and not torch.jit.is_tracing():
         out = _Mix.apply(x, call, *inputs)
-    else:
+    else:  # the same in operations that compilers and tracers know
         groups = _groups(x, group_size)
         matrix, bias = call.matrix_and_bias(groups.shape[3], *_reduce(groups, with_covariance), *inputs)
         out = _multiply(matrix, bias, groups).to(x.dtype).view(x.shape)
@@ -93,6 +93,7 @@ class _Call(NamedTuple):
     matrix_of: Callable[..., Tensor]
     with_covariance: bool
     with_affine: bool
+    with_grad: bool
 
     def matrix_and_bias(
         self, length: int, pilot: Tensor, sums: Tensor, squares: Tensor, *inputs: Tensor
@@ -184,7 +185,7 @@ class _Mix(torch.autograd.Function):
         # Detached: a parameter's hooks run once, outside, and inputs that depend on each other get partial derivatives.
         ctx.sums = [t.requires_grad_() for t in sums]
         ctx.inputs = [t.detach().requires_grad_(t.requires_grad) for t in inputs]
-        with torch.enable_grad():  # records a graph of small matrices only
+        with torch.set_grad_enabled(call.with_grad):  # records a graph of small matrices only
             ctx.matrix, ctx.bias = call.matrix_and_bias(groups.shape[3], ctx.pilot, *ctx.sums, *ctx.inputs)
         ctx.save_for_backward(x)
         bias = None if ctx.bias is None else ctx.bias.detach()

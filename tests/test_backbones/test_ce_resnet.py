@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from utils import assert_agree, randomize
 
 from mmdet_ce import CEResNet, ChannelEquilibrium
+from mmdet_ce.backbones.ce_resnet import norm_ce
 from mmdet_ce.converters import convert_official_state_dict
 
 TINY = dict(base_channels=16)
@@ -296,6 +297,32 @@ def test_hooked_layers_are_called_in_turn_and_give_the_same(depth, ce_eval):
         sum(o.square().mean() for o in model_outs).backward()
     for (name, a), b in zip(backbone.named_parameters(), hooked.parameters()):
         assert_agree(a.grad, b.grad, 1e-8, name)
+
+
+class TenfoldBatchNorm(torch.nn.BatchNorm2d):
+    """Not the affine map that its base class is."""
+
+    def forward(self, x):
+        return 10 * super().forward(x)
+
+
+def test_a_norm_of_another_class_is_not_folded():
+    ce = randomize(ChannelEquilibrium(16)).eval()
+    norm = TenfoldBatchNorm(16).eval()
+    x = torch.randn(1, 16, 4, 4)
+    assert torch.equal(norm_ce(norm, ce, x), ce(norm(x)))
+
+
+def test_ce_plugin_beside_the_slot():
+    plugin = dict(cfg=dict(type='ChannelEquilibrium'), position='after_conv2')
+    for ce_cfg in (dict(), None):
+        backbone = CEResNet(depth=50, ce_cfg=ce_cfg, plugins=[plugin], **TINY).eval()
+        assert all(torch.isfinite(out).all() for out in backbone(torch.randn(1, 3, 32, 32)))
+        assert len(ce_names(backbone)) == 16 + (14 if ce_cfg is not None else 0)
+
+
+def test_positional_arguments_as_in_mmdet():
+    assert CEResNet(18, 1, 16, 16, 4).conv1.weight.shape == (16, 1, 7, 7)
 
 
 def test_compiles_in_evaluation_without_a_graph_break():

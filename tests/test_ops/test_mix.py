@@ -132,3 +132,32 @@ def test_frozen_parameters_and_frozen_input(training):
     ce.zero_grad()
     ce(x, norm).sum().backward()  # an input without gradient: a frozen layer before CE
     assert ce.ir.fc1.weight.grad is not None
+
+
+def test_parameter_hooks_run_once():
+    norm, ce = norm_and_ce()
+    x = torch.randn(2, 32, 4, 4, dtype=torch.float64)
+    plain = run(lambda x: ce.eval()(x, norm), x, norm, ce)
+    for parameter in (*norm.parameters(), *ce.parameters()):
+        parameter.register_hook(lambda grad: 2 * grad)
+    for a, b in zip(run(lambda x: ce(x, norm), x, norm, ce)[2:], plain[2:]):
+        assert_agree(a, 2 * b, 1e-12)
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_a_large_mean_costs_no_digits(training):
+    """Sums of squares about zero would lose four of float32's seven digits here."""
+    ce = randomize(ChannelEquilibrium(32)).train(training)
+    double = copy.deepcopy(ce).double()
+    x = torch.randn(3, 32, 8, 8) + 100 * torch.randn(1, 32, 1, 1)
+    expected, out = run(double, x.double(), double), run(ce, x, ce)
+    for a, b in zip(out, expected):
+        assert_agree(a, b, 1e-4)
+
+
+def test_traced_and_untraced_agree():
+    """mmengine's complexity analysis traces, in grad mode."""
+    norm, ce = norm_and_ce(torch.float32)
+    x = torch.randn(2, 32, 4, 4)
+    traced = torch.jit.trace(ce.eval(), x)
+    assert_agree(traced(x), ce(x), 1e-6)

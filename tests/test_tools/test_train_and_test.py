@@ -86,7 +86,9 @@ def test_hostile_checkpoint_is_refused(folder, tools):
     result = run(tools / 'test.py', DEMO, path, options=SMALL, cwd=folder)
     assert result.returncode and not marker.exists()
     if tools == ROOT / 'tools':
-        assert result.stderr.strip().splitlines()[-1].startswith('error: a checkpoint was refused, and nothing in it')
+        message = result.stderr.strip().splitlines()[-1]
+        assert message.startswith('error: a checkpoint was refused, and nothing in it was run')
+        assert 'system' in message and 'weights_only' not in message
     else:
         assert 'UnpicklingError' in result.stderr
 
