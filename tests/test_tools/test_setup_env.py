@@ -1,0 +1,70 @@
+"""Set-up says in one line what the machine lacks, before anything is downloaded or written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """The files that set-up reads, without an environment."""
+    for name in ('setup.py', 'pyproject.toml', 'requirements.txt', 'Makefile', 'tools/setup_env.py'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+def run(clone, *command, **env):
+    env = {**os.environ, **env}
+    return subprocess.run(command, cwd=clone, capture_output=True, text=True, env=env)
+
+
+def test_missing_compiler(clone):
+    result = run(clone, sys.executable, 'tools/setup_env.py', CXX='no-such-compiler')
+    assert result.returncode == 1
+    assert result.stderr.startswith("setup: error: no C++ compiler ('no-such-compiler' not found)")
+    assert len(result.stderr.splitlines()) == 1 and not (clone / '.venv').exists()
+
+
+def test_wrong_python(clone):
+    code = 'import sys; sys.path.insert(0, "tools"); import setup_env as s; s.REQUIRED_PYTHON = (3, 99); s.main()'
+    result = run(clone, sys.executable, '-c', code)
+    assert result.returncode == 1
+    assert result.stderr.startswith('setup: error: Python 3.99 is needed, this is 3.')
+    assert 'make PYTHON=' in result.stderr and not (clone / '.venv').exists()
+
+
+@pytest.mark.skipif(shutil.which('make') is None, reason='make is not installed')
+def test_missing_python(clone):
+    result = run(clone, 'make', 'test', 'PYTHON=no-such-python')
+    assert result.returncode == 2
+    assert "Python 3.11 is needed and 'no-such-python' was not found" in result.stdout
+    assert not (clone / '.venv').exists()
+
+
+def test_gpu_without_cuda_toolkit(clone):
+    folder = clone / 'bin'
+    folder.mkdir()
+    (folder / 'nvidia-smi').write_text('#!/bin/sh\n')
+    (folder / 'nvidia-smi').chmod(0o755)
+    (folder / 'c++').symlink_to(shutil.which('true'))
+    env = dict(PATH=str(folder), CUDA_HOME='', CXX='c++')
+    result = run(clone, sys.executable, 'tools/setup_env.py', **env)
+    assert result.returncode == 1 and 'has an NVIDIA GPU but no nvcc' in result.stderr
+
+
+def test_finished_setup_is_not_repeated(clone):
+    code = (
+        'import sys; sys.path.insert(0, "tools"); import setup_env as s; s.VENV.mkdir();'
+        's.STAMP.write_text(s.fingerprint()); s.check_machine = None; s.main()'
+    )
+    assert run(clone, sys.executable, '-c', code).returncode == 0
+    (clone / 'requirements.txt').write_text('torch==1.0\n')
+    result = run(clone, sys.executable, 'tools/setup_env.py', CXX='no-such-compiler')
+    assert result.returncode == 1, 'changed pins ask for a new set-up'
