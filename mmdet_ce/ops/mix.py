@@ -11,8 +11,9 @@ and multiplied once; what lies between are small matrices, left to autograd. The
 and keeps nothing of the size of x for it but x. A norm in evaluation is an affine map a z + b, so CE after it is
 M (a z + b): the moments of x follow from those of z, and only z is kept.
 
-The reductions are taken about a pilot mean, a constant that cancels in every moment: about zero, a mean of many
-standard deviations would cost float32 the variance's digits.
+The second reduction is taken about the first, each sample's means: about zero, a mean of many standard deviations would
+cost float32 the digits of the variance. On a CPU the passes run over a few channel groups at a time, which stay in the
+cache from one operation to the next.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
+
+# elements of a piece that a CPU works on at a time: 1 MiB of float32, the usual size of a core's second-level cache
+CACHE_ELEMENTS = 1 << 18
 
 
 class Moments(NamedTuple):
@@ -80,9 +84,9 @@ def mix(
     if not torch.compiler.is_compiling() and not torch.jit.is_tracing():
         out = _Mix.apply(x, call, *inputs)
     else:  # the same in operations that compilers and tracers know
-        groups = _groups(x, group_size)
-        matrix, bias = call.matrix_and_bias(groups.shape[3], *_reduce(groups, with_covariance), *inputs)
-        out = _multiply(matrix, bias, groups).to(x.dtype).view(x.shape)
+        flat = _at_least_float32(_flat(x, group_size))
+        matrix, bias = call.matrix_and_bias(x.shape, *_reduce(flat, with_covariance), *inputs)
+        out = _multiply(matrix, bias, flat).to(x.dtype).view(x.shape)
     return out.contiguous(memory_format=_memory_format(x))
 
 
@@ -96,14 +100,16 @@ class _Call(NamedTuple):
     with_grad: bool
 
     def matrix_and_bias(
-        self, length: int, pilot: Tensor, sums: Tensor, squares: Tensor, *inputs: Tensor
+        self, shape: torch.Size, means: Tensor, squares: Tensor, *inputs: Tensor
     ) -> tuple[Tensor, Optional[Tensor]]:
-        """Return M and the bias that the affine map adds, (N, G, d, 1)."""
+        """Return M, (N G, d, d), and the bias that the affine map adds, (N G, d, 1)."""
+        n, _, h, w = shape
+        means, squares = (t.unflatten(0, (n, -1)) for t in (means, squares))
         if not self.with_affine:
-            return self.matrix_of(_moments(length, pilot, sums, squares), *inputs), None
+            return self.matrix_of(_moments(h * w, means, squares), *inputs).flatten(0, 1), None
         weight, bias = (t.reshape(-1, self.group_size) for t in inputs[:2])  # (G, d)
-        matrix = self.matrix_of(_moments(length, pilot, sums, squares, weight, bias), *inputs[2:])
-        return matrix * weight[:, None, :], matrix @ bias[:, :, None]
+        matrix = self.matrix_of(_moments(h * w, means, squares, weight, bias), *inputs[2:])
+        return (matrix * weight[:, None, :]).flatten(0, 1), (matrix @ bias[:, :, None]).flatten(0, 1)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
@@ -115,62 +121,58 @@ def _memory_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def _groups(x: Tensor, group_size: int) -> Tensor:
-    """Return (N, C, H, W) as (N, G, d, L), in float32 at least; a view of contiguous float32 or float64."""
-    return _at_least_float32(x).reshape(x.shape[0], -1, group_size, x.shape[2] * x.shape[3])
+def _flat(x: Tensor, group_size: int) -> Tensor:
+    """Return (N, C, H, W) as (N G, d, L); a view of contiguous input."""
+    return x.reshape(-1, group_size, x.shape[2] * x.shape[3])
 
 
-def _flat(matrices: Tensor) -> Tensor:
-    """View (N, G, ...) as (N G, ...)."""
-    return matrices.flatten(0, 1)
+def _rows(flat: Tensor) -> list[slice]:
+    """Cut the N G rows into pieces for a CPU's cache, of a row for each thread at least; elsewhere one piece of all."""
+    if flat.device.type != 'cpu':
+        return [slice(None)]
+    step = max(torch.get_num_threads(), CACHE_ELEMENTS // flat[0].numel())
+    return [slice(start, start + step) for start in range(0, len(flat), step)]
 
 
-def _reduce(groups: Tensor, with_covariance: bool, scratch: Optional[Tensor] = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a pilot mean and the sums about it; ``scratch``, of the shape of ``groups``, is overwritten.
+def _reduce(flat: Tensor, with_covariance: bool) -> tuple[Tensor, Tensor]:
+    """Return the means over positions, (N G, d), and the products summed about them.
 
-    With covariance the pilot is the batch's mean, (1, G, d); the sums over positions of x - pilot, (N, G, d), and of
-    (x - pilot)(x - pilot)^T, (N, G, d, d), are each sample's. Without, the pilot is the sample's mean, (N, G, d), and
-    only the diagonals of the products are computed, (N, G, d).
+    The products are (x - mean)(x - mean)^T, (N G, d, d), or without covariance their diagonals alone, (N G, d).
     """
-    length = groups.shape[3]
-    means = groups.mean(3)
-    pilot = means.mean(0, keepdim=True) if with_covariance else means
-    centred = torch.sub(groups, pilot[..., None], out=scratch)
-    sums = length * (means - pilot)
-    if not with_covariance:
-        return pilot, sums, torch.linalg.vector_norm(centred, dim=3).square()
-    flat = _flat(centred)
-    return pilot, sums, torch.bmm(flat, flat.transpose(1, 2)).unflatten(0, groups.shape[:2])
+    means = flat.mean(2)
+    centred = flat - means[..., None]
+    if with_covariance:
+        return means, torch.bmm(centred, centred.transpose(1, 2))
+    return means, torch.linalg.vector_norm(centred, dim=2).square()
 
 
 def _moments(
-    length: int,
-    pilot: Tensor,
-    sums: Tensor,
-    squares: Tensor,
-    weight: Optional[Tensor] = None,
-    bias: Optional[Tensor] = None,
+    length: int, means: Tensor, squares: Tensor, weight: Optional[Tensor] = None, bias: Optional[Tensor] = None
 ) -> Moments:
-    """Return the moments of x from the sums of x, or from those of z where x = weight * z + bias, both (G, d)."""
-    offset = sums / length  # (N, G, d), each sample's mean about the pilot
-    diagonal = squares if squares.dim() == 3 else squares.diagonal(dim1=2, dim2=3)
-    variance = (diagonal - offset * sums).clamp_min(0) / max(length - 1, 1)
+    """Return the moments of x from the reductions of x, or from those of z where x = weight * z + bias, both (G, d).
+
+    Means are (N, G, d), squares (N, G, d, d) or (N, G, d).
+    """
+    with_covariance = squares.dim() == 4
+    diagonal = squares.diagonal(dim1=2, dim2=3) if with_covariance else squares
+    variance = diagonal / max(length - 1, 1)
     if weight is not None:
         variance = variance * weight.square()
-    if squares.dim() == 3:
+    if not with_covariance:
         return Moments(variance.flatten(1), None, None)
-    mean, covariance = pilot.mean(0)[..., None], squares.sum(0) / (len(squares) * length)
+    # The covariance over the batch: that within the samples, and that of their means.
+    mean = means.mean(0)  # (G, d)
+    between = (means - mean).transpose(0, 1)  # (G, N, d)
+    covariance = squares.sum(0) / (len(squares) * length) + between.transpose(1, 2) @ between / len(means)
     if weight is not None:
-        mean = weight.detach()[..., None] * mean + bias.detach()[..., None]
+        mean = weight * mean + bias
         covariance = weight[:, :, None] * covariance * weight[:, None, :]
-    return Moments(variance.flatten(1), mean, covariance)
+    return Moments(variance.flatten(1), mean.detach()[..., None], covariance)
 
 
-def _multiply(matrix: Tensor, bias: Optional[Tensor], groups: Tensor, out: Optional[Tensor] = None) -> Tensor:
-    """Return M x + bias, (N G, d, L), in ``out`` if given."""
-    if bias is None:
-        return torch.bmm(_flat(matrix), _flat(groups), out=out)
-    return torch.baddbmm(_flat(bias), _flat(matrix), _flat(groups), out=out)
+def _multiply(matrix: Tensor, bias: Optional[Tensor], flat: Tensor) -> Tensor:
+    """Return M x + bias, (N G, d, L)."""
+    return torch.bmm(matrix, flat) if bias is None else torch.baddbmm(bias, matrix, flat)
 
 
 class _Mix(torch.autograd.Function):
@@ -178,45 +180,55 @@ class _Mix(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, call: _Call, *inputs: Tensor) -> Tensor:
-        groups = _groups(x, call.group_size)
-        # Allocated in its final shape: autograd lets nobody change a function's output that is a view.
-        out = groups.new_empty(x.shape)
-        ctx.pilot, *sums = _reduce(groups, call.with_covariance, scratch=out.view(groups.shape))
+        flat = _flat(x, call.group_size)
+        pieces = _rows(flat)
+        reduced = [_reduce(_at_least_float32(flat[rows]), call.with_covariance) for rows in pieces]
         # Detached: a parameter's hooks run once, outside, and inputs that depend on each other get partial derivatives.
-        ctx.sums = [t.requires_grad_() for t in sums]
+        ctx.statistics = [torch.cat(parts).requires_grad_() for parts in zip(*reduced)]
         ctx.inputs = [t.detach().requires_grad_(t.requires_grad) for t in inputs]
         with torch.set_grad_enabled(call.with_grad):  # records a graph of small matrices only
-            ctx.matrix, ctx.bias = call.matrix_and_bias(groups.shape[3], ctx.pilot, *ctx.sums, *ctx.inputs)
+            ctx.matrix, ctx.bias = call.matrix_and_bias(x.shape, *ctx.statistics, *ctx.inputs)
         ctx.save_for_backward(x)
-        bias = None if ctx.bias is None else ctx.bias.detach()
-        _multiply(ctx.matrix.detach(), bias, groups, out=_flat(out.view(groups.shape)))
-        return out.to(x.dtype)
+        # Allocated in its final shape: autograd lets nobody change a function's output that is a view.
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        matrix, bias = ctx.matrix.detach(), None if ctx.bias is None else ctx.bias.detach()
+        for rows in pieces:
+            product = _multiply(matrix[rows], None if bias is None else bias[rows], _at_least_float32(flat[rows]))
+            out.view(flat.shape)[rows] = product
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Optional[Tensor], ...]:
         (x,) = ctx.saved_tensors
+        flat, dy = (_flat(t, ctx.matrix.shape[-1]) for t in (x, grad))
+        pieces = _rows(flat)
         with no_autocast(x):
-            group_size = ctx.matrix.shape[-1]
-            groups, dy = _flat(_groups(x, group_size)), _flat(_groups(grad, group_size))
-            outputs, grads = [ctx.matrix], [torch.bmm(dy, groups.transpose(1, 2)).view_as(ctx.matrix)]
+            outputs = [ctx.matrix]
+            grads = [
+                torch.cat(
+                    [torch.bmm(_at_least_float32(dy[r]), _at_least_float32(flat[r]).transpose(1, 2)) for r in pieces]
+                )
+            ]
             if ctx.bias is not None:
                 outputs.append(ctx.bias)
-                grads.append(dy.sum(2).view_as(ctx.bias))
-            wanted = [*ctx.sums, *(t for t in ctx.inputs if t.requires_grad)]
+                grads.append(dy.sum(2, keepdim=True, dtype=ctx.bias.dtype))
+            wanted = [*ctx.statistics, *(t for t in ctx.inputs if t.requires_grad)]
             # retain_graph: it goes when ctx does, and a user may retain the outer graph
-            dsums, dsquares, *dinputs = torch.autograd.grad(
+            dmeans, dsquares, *dinputs = torch.autograd.grad(
                 outputs, wanted, grads, retain_graph=True, allow_unused=True, materialize_grads=True
             )
             dx = None
             if ctx.needs_input_grad[0]:
-                if dsquares.dim() == 3:
+                if dsquares.dim() == 2:
                     dsquares = dsquares.diag_embed()
-                symmetric = dsquares + dsquares.transpose(2, 3)
-                constant = dsums[..., None] - symmetric @ ctx.pilot[..., None]
-                dx = torch.baddbmm(_flat(constant), _flat(ctx.matrix.detach()).transpose(1, 2), dy)
-                dx.baddbmm_(_flat(symmetric), groups)
-                dx = dx.to(x.dtype).view(x.shape)
+                symmetric = dsquares + dsquares.transpose(1, 2)
+                constant = dmeans[..., None] / flat.shape[2] - symmetric @ ctx.statistics[0].detach()[..., None]
+                transposed = ctx.matrix.detach().transpose(1, 2)
+                dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+                for rows in pieces:
+                    piece = torch.baddbmm(constant[rows], transposed[rows], _at_least_float32(dy[rows]))
+                    dx.view(flat.shape)[rows] = piece.baddbmm_(symmetric[rows], _at_least_float32(flat[rows]))
         rest = iter(dinputs)
         return dx, None, *(next(rest) if t.requires_grad else None for t in ctx.inputs)
 
