@@ -1,19 +1,18 @@
 """y = M x, where M is a function of the moments of x: the one-matrix form of Channel Equilibrium.
 
 Everything that CE does to a feature map is linear in it once its statistics are known, and every statistic follows
-from two reductions, the per-sample sums and the per-sample Gram matrices x x^T. So the large tensor is reduced once
-and multiplied once; what lies between are small matrices, left to autograd. The backward pass works the same way:
+from two reductions, each sample's means m and its Gram matrices S = (x - m)(x - m)^T. (About zero instead of m, a mean
+of many standard deviations would cost float32 the digits of the variance.) So the large tensor is reduced, then
+multiplied once; what lies between are small matrices, left to autograd. The backward pass works the same way,
 
-    dM = dy x^T                            a reduction
-    dM -> dGram, dsum, parameters          autograd, small matrices
-    dx = M^T dy + (dGram + dGram^T) x + dsum
+    dM = dy x^T                                       a reduction
+    dM -> dm, dS, dparameters                         autograd, small matrices
+    dx = M^T dy + (dS + dS^T)(x - m) + dm / L         two products
 
 and keeps nothing of the size of x for it but x. A norm in evaluation is an affine map a z + b, so CE after it is
 M (a z + b): the moments of x follow from those of z, and only z is kept.
 
-The second reduction is taken about the first, each sample's means: about zero, a mean of many standard deviations would
-cost float32 the digits of the variance. On a CPU the passes run over a few channel groups at a time, which stay in the
-cache from one operation to the next.
+On a CPU the passes run over a few channel groups at a time, which stay in the cache from one operation to the next.
 """
 
 from __future__ import annotations
