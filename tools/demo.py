@@ -76,11 +76,13 @@ def draw_detections(predictions: Path, out_file: Path) -> None:
 
     visualizer = DetLocalVisualizer()
     visualizer.dataset_meta = dataset.metainfo
-    figure, axes = plt.subplots(NUM_PICTURES // 3, 6, figsize=(15, 2.6 * NUM_PICTURES / 3), layout='constrained')
+    rows = NUM_PICTURES // 3
+    figure, axes = plt.subplots(rows, 6, figsize=(15, 2.6 * rows), layout='constrained', squeeze=False)
     for index, (truth, found) in enumerate(axes.reshape(-1, 2)):
         item = dataset[index]
         image = item['inputs'].permute(1, 2, 0).numpy()[..., ::-1].copy()
         sample = item['data_samples']
+        sample.gt_instances.bboxes = sample.gt_instances.bboxes.tensor  # the visualizer draws plain tensors
         sample.pred_instances = zoomed(by_id[sample.img_id])
         for axis, what in ((truth, 'gt'), (found, 'pred')):
             visualizer.add_datasample(

@@ -79,6 +79,19 @@ def test_test_prints_map(trained, folder, tools):
     assert re.search(r'coco/bbox_mAP: \d\.\d+', text) and re.search(r'coco/segm_mAP: \d\.\d+', text)
 
 
+def test_demo_draws_detections(trained, folder, monkeypatch):
+    import demo
+
+    arguments = [DEMO, trained / 'epoch_1.pth', '--work-dir', trained, '--out', trained / 'predictions.pkl']
+    output(run(ROOT / 'tools' / 'test.py', *arguments, options=SMALL, cwd=folder))
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(demo, 'CONFIG', DEMO)
+    monkeypatch.setattr(demo, 'NUM_PICTURES', 3)
+    demo.draw_detections(trained / 'predictions.pkl', folder / 'detections.png')
+    assert (folder / 'detections.png').stat().st_size > 50_000
+    assert 0 <= demo.read_metrics(trained)['coco/bbox_mAP'] <= 1
+
+
 @pytest.mark.parametrize('tools', [ROOT / 'tools', MMDET_TOOLS], ids=['ours', 'mmdets'])
 def test_hostile_checkpoint_is_refused(folder, tools):
     marker, path = folder / 'marker', folder / 'hostile.pth'
