@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import re
 import runpy
 import sys
 import warnings
@@ -51,8 +50,8 @@ def run(name: str) -> None:
         sys.exit(f'error: {error}')
     except pickle.UnpicklingError as error:
         # Of torch's message only the cause: the rest tells how to get around the refusal.
-        cause = re.search(r'WeightsUnpickler error: (.+?)(?: was not| Please|\n|$)', str(error))
-        reason = cause[1] if cause else str(error).splitlines()[0]
+        causes = [line for line in str(error).splitlines() if 'GLOBAL' in line or 'Unpickler error' in line]
+        reason = causes[0].split(' Please ')[0].strip() if causes else 'its pickle cannot be read'
         sys.exit(
             'error: a checkpoint was refused, and nothing in it was run: it is damaged, or asks for more than tensors '
             f'and the training state of mmengine ({reason})'
