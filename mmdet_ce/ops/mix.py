@@ -11,8 +11,6 @@ multiplied once; what lies between are small matrices, left to autograd. The bac
 
 and keeps nothing of the size of x for it but x. A norm in evaluation is an affine map a z + b, so CE after it is
 M (a z + b): the moments of x follow from those of z, and only z is kept.
-
-On a CPU the passes run over a few channel groups at a time, which stay in the cache from one operation to the next.
 """
 
 from __future__ import annotations
@@ -25,9 +23,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
-
-# elements of a piece that a CPU works on at a time: 1 MiB of float32, the usual size of a core's second-level cache
-CACHE_ELEMENTS = 1 << 18
 
 
 class Moments(NamedTuple):
@@ -125,21 +120,14 @@ def _flat(x: Tensor, group_size: int) -> Tensor:
     return x.reshape(-1, group_size, x.shape[2] * x.shape[3])
 
 
-def _rows(flat: Tensor) -> list[slice]:
-    """Cut the N G rows into pieces for a CPU's cache, of a row for each thread at least; elsewhere one piece of all."""
-    if flat.device.type != 'cpu':
-        return [slice(None)]
-    step = max(torch.get_num_threads(), CACHE_ELEMENTS // flat[0].numel())
-    return [slice(start, start + step) for start in range(0, len(flat), step)]
-
-
-def _reduce(flat: Tensor, with_covariance: bool) -> tuple[Tensor, Tensor]:
+def _reduce(flat: Tensor, with_covariance: bool, scratch: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
     """Return the means over positions, (N G, d), and the products summed about them.
 
     The products are (x - mean)(x - mean)^T, (N G, d, d), or without covariance their diagonals alone, (N G, d).
+    ``scratch``, of the shape of ``flat``, is overwritten.
     """
     means = flat.mean(2)
-    centred = flat - means[..., None]
+    centred = torch.sub(flat, means[..., None], out=scratch)
     if with_covariance:
         return means, torch.bmm(centred, centred.transpose(1, 2))
     return means, torch.linalg.vector_norm(centred, dim=2).square()
@@ -169,9 +157,9 @@ def _moments(
     return Moments(variance.flatten(1), mean.detach()[..., None], covariance)
 
 
-def _multiply(matrix: Tensor, bias: Optional[Tensor], flat: Tensor) -> Tensor:
-    """Return M x + bias, (N G, d, L)."""
-    return torch.bmm(matrix, flat) if bias is None else torch.baddbmm(bias, matrix, flat)
+def _multiply(matrix: Tensor, bias: Optional[Tensor], flat: Tensor, out: Optional[Tensor] = None) -> Tensor:
+    """Return M x + bias, (N G, d, L), in ``out`` if given."""
+    return torch.bmm(matrix, flat, out=out) if bias is None else torch.baddbmm(bias, matrix, flat, out=out)
 
 
 class _Mix(torch.autograd.Function):
@@ -179,39 +167,30 @@ class _Mix(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, call: _Call, *inputs: Tensor) -> Tensor:
-        flat = _flat(x, call.group_size)
-        pieces = _rows(flat)
-        reduced = [_reduce(_at_least_float32(flat[rows]), call.with_covariance) for rows in pieces]
+        flat = _at_least_float32(_flat(x, call.group_size))
+        # Allocated in its final shape: autograd lets nobody change a function's output that is a view.
+        out = flat.new_empty(x.shape)
+        statistics = _reduce(flat, call.with_covariance, scratch=out.view(flat.shape))
         # Detached: a parameter's hooks run once, outside, and inputs that depend on each other get partial derivatives.
-        ctx.statistics = [torch.cat(parts).requires_grad_() for parts in zip(*reduced)]
+        ctx.statistics = [t.requires_grad_() for t in statistics]
         ctx.inputs = [t.detach().requires_grad_(t.requires_grad) for t in inputs]
         with torch.set_grad_enabled(call.with_grad):  # records a graph of small matrices only
             ctx.matrix, ctx.bias = call.matrix_and_bias(x.shape, *ctx.statistics, *ctx.inputs)
         ctx.save_for_backward(x)
-        # Allocated in its final shape: autograd lets nobody change a function's output that is a view.
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        matrix, bias = ctx.matrix.detach(), None if ctx.bias is None else ctx.bias.detach()
-        for rows in pieces:
-            product = _multiply(matrix[rows], None if bias is None else bias[rows], _at_least_float32(flat[rows]))
-            out.view(flat.shape)[rows] = product
-        return out
+        bias = None if ctx.bias is None else ctx.bias.detach()
+        _multiply(ctx.matrix.detach(), bias, flat, out=out.view(flat.shape))
+        return out.to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Optional[Tensor], ...]:
         (x,) = ctx.saved_tensors
-        flat, dy = (_flat(t, ctx.matrix.shape[-1]) for t in (x, grad))
-        pieces = _rows(flat)
+        flat, dy = (_at_least_float32(_flat(t, ctx.matrix.shape[-1])) for t in (x, grad))
         with no_autocast(x):
-            outputs = [ctx.matrix]
-            grads = [
-                torch.cat(
-                    [torch.bmm(_at_least_float32(dy[r]), _at_least_float32(flat[r]).transpose(1, 2)) for r in pieces]
-                )
-            ]
+            outputs, grads = [ctx.matrix], [torch.bmm(dy, flat.transpose(1, 2))]
             if ctx.bias is not None:
                 outputs.append(ctx.bias)
-                grads.append(dy.sum(2, keepdim=True, dtype=ctx.bias.dtype))
+                grads.append(dy.sum(2, keepdim=True))
             wanted = [*ctx.statistics, *(t for t in ctx.inputs if t.requires_grad)]
             # retain_graph: it goes when ctx does, and a user may retain the outer graph
             dmeans, dsquares, *dinputs = torch.autograd.grad(
@@ -223,11 +202,8 @@ class _Mix(torch.autograd.Function):
                     dsquares = dsquares.diag_embed()
                 symmetric = dsquares + dsquares.transpose(1, 2)
                 constant = dmeans[..., None] / flat.shape[2] - symmetric @ ctx.statistics[0].detach()[..., None]
-                transposed = ctx.matrix.detach().transpose(1, 2)
-                dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-                for rows in pieces:
-                    piece = torch.baddbmm(constant[rows], transposed[rows], _at_least_float32(dy[rows]))
-                    dx.view(flat.shape)[rows] = piece.baddbmm_(symmetric[rows], _at_least_float32(flat[rows]))
+                dx = torch.baddbmm(constant, ctx.matrix.detach().transpose(1, 2), dy)
+                dx = dx.baddbmm_(symmetric, flat).to(x.dtype).view(x.shape)
         rest = iter(dinputs)
         return dx, None, *(next(rest) if t.requires_grad else None for t in ctx.inputs)
 
