@@ -55,14 +55,16 @@ def find_problems(cfg: Config, split: str, checkpoint: Optional[str] = None) -> 
     # The framework loads these before every training, a resumed one too, and never for a test.
     for d in dicts if split == 'train' else []:
         path = d.get('checkpoint') if d.get('type') == 'Pretrained' else None
-        if path and (damage := _damage(path)):
-            problems.append(f'pretrained weights: {path} {damage}; get them again')
-        if path and _is_missing(path):
+        if not path:
+            continue
+        if _is_missing(path):
             problems.append(
                 f'pretrained weights {path} not found (model init_cfg); put them there, name others with --cfg-options '
                 'model.backbone.init_cfg.checkpoint=FILE, or start from random weights with '
                 'model.backbone.init_cfg=None'
             )
+        elif damage := _damage(path):
+            problems.append(f'pretrained weights: {path} {damage}; get them again')
     return list(dict.fromkeys(problems))
 
 

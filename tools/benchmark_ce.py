@@ -193,7 +193,7 @@ def benchmark_backbone(args: argparse.Namespace) -> list[dict[str, Any]]:
     ce = CEResNet(depth=args.depth, norm_eval=True)
     ce.load_state_dict(plain.state_dict(), strict=False)
     with torch.no_grad():  # CE needs statistics before it is evaluated
-        CEResNet.train(ce.to(args.device), True)
+        ce.to(args.device).train()
         for _, layer in ce.named_ce():
             layer.train()
         ce(x)
