@@ -11,6 +11,7 @@ import copy
 import functools
 import json
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from typing import Any, Optional
 
 import matplotlib
 import torch
+import torch.nn.functional as F
 from mmdet.models import ResNet
 from rich.console import Console
 from rich.progress import track
@@ -30,7 +32,7 @@ from mmdet_ce import CEResNet, ChannelEquilibrium, __version__
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt  # noqa: E402
 
-BLOCK_SHAPES = [((2, 64, 160, 160), 64), ((2, 256, 80, 80), 16), ((2, 512, 40, 40), 16), ((2, 1024, 20, 20), 16)]
+BLOCK_SHAPES = ['2x64x160x160d64', '2x256x80x80d16', '2x512x40x40d16', '2x1024x20x20d16']
 
 
 class ReleasedForm(nn.Module):
@@ -47,22 +49,23 @@ class ReleasedForm(nn.Module):
         """Apply CE to ``x``, (N, C, H, W)."""
         ce, (n, c, h, w) = self.ce, x.shape
         variance = x.reshape(n, c, -1).var(dim=-1)
-        gate = ce.ir.gate(variance, *ce.ir.gate_parameters)
-        grouped = x.transpose(0, 1).contiguous().reshape(ce.num_groups, ce.group_size, -1)
+        gate = torch.sigmoid(ce.ir.fc2(F.relu(ce.ir.norm(ce.ir.fc1(variance)))))
+        # Copied twice, for the statistics (a pooling, switched off, stands in between) and for the product.
+        pooled = x.transpose(0, 1).contiguous().view(ce.num_groups, ce.group_size, -1)
+        grouped = x.transpose(0, 1).contiguous().view(ce.num_groups, ce.group_size, -1)
         if ce.training:
             scale = variance.mean().sqrt()
-            ce.ir._update(ce.ir.running_scale, scale)
-            mean = grouped.mean(-1, keepdim=True)
-            centred = grouped - mean
+            mean = pooled.mean(-1, keepdim=True)
+            centered = pooled - mean
             eye = torch.eye(ce.group_size, dtype=x.dtype, device=x.device).expand(ce.num_groups, -1, -1)
-            sigma = torch.baddbmm(eye, centred, centred.transpose(1, 2), beta=ce.bd.eps, alpha=1 / centred.shape[2])
+            sigma = torch.baddbmm(eye, centered, centered.transpose(1, 2), beta=ce.bd.eps, alpha=1 / centered.shape[2])
             sigma_n = sigma / (sigma * eye).sum((1, 2), keepdim=True)
             whitening = eye
             for _ in range(ce.bd.num_iterations):
                 whitening = torch.baddbmm(whitening, whitening @ whitening @ whitening, sigma_n, beta=1.5, alpha=-0.5)
-            ce.bd._update(ce.bd.running_mean, mean)
-            ce.bd._update(ce.bd.running_whitening, whitening)
+            ce._update(mean, whitening, scale)
         else:
+            grouped - ce.bd.running_mean  # computed, never used
             scale, whitening = ce.ir.running_scale, ce.bd.running_whitening
         reweighted = (gate / scale)[:, :, None, None].expand_as(x) * x
         decorrelated = (whitening @ grouped).reshape(c, n, h, w).transpose(0, 1).contiguous()
@@ -158,14 +161,19 @@ def measure(
     candidates = {name: (lambda model=model: step(model, x, args.dtype)) for name, model in models.items()}
     seconds = interleaved(candidates, args.rounds, x.device)
     rows = []
+    first = next(iter(seconds.values()))
     for name, model in models.items():
         quartiles = statistics.quantiles(seconds[name], n=4)
+        # By round, so that a machine that slows down for a while does not pass for a difference.
+        ratios = statistics.quantiles([a / b for a, b in zip(seconds[name], first)], n=4)
         rows.append(
             dict(
                 comparison=title,
                 candidate=name,
                 median_ms=1e3 * quartiles[1],
                 quartiles_ms=[1e3 * quartiles[0], 1e3 * quartiles[2]],
+                time_ratio=ratios[1],
+                time_ratio_quartiles=[ratios[0], ratios[2]],
                 bytes_saved=bytes_saved(model, x) if training else None,
                 peak_bytes=peak_memory(candidates[name], x.device),
             )
@@ -176,13 +184,22 @@ def measure(
 def benchmark_blocks(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Compare the block with the released form and with a training BatchNorm, forward and backward."""
     rows = []
-    for shape, d in BLOCK_SHAPES:
+    for name in args.shapes:
+        *shape, d = block_shape(name)
         x = torch.randn(shape, device=args.device).to(memory_format=args.memory_format).requires_grad_()
         ce = ChannelEquilibrium(shape[1], num_channels=d).to(args.device)
         models = {'released form': ReleasedForm(copy.deepcopy(ce)), 'this': ce, 'BatchNorm2d': nn.BatchNorm2d(shape[1])}
         models = {name: model.to(args.device) for name, model in models.items()}
-        rows += measure(f'block {"x".join(map(str, shape))} d{d}, forward + backward', models, x, args, training=True)
+        rows += measure(f'block {name}, forward + backward', models, x, args, training=True)
     return rows
+
+
+def block_shape(text: str) -> list[int]:
+    """Read N, C, H, W and d from ``NxCxHxWdD``."""
+    match = re.fullmatch(r'(\d+)x(\d+)x(\d+)x(\d+)d(\d+)', text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f'expected NxCxHxWdD, as 2x256x80x80d16, got {text!r}')
+    return [int(number) for number in match.groups()]
 
 
 def benchmark_backbone(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -222,18 +239,18 @@ def report(rows: list[dict[str, Any]], out_dir: Path, environment: dict[str, Any
     console.print(environment)
     for title, group in comparisons.items():
         table = Table(title=title)
-        for column in ('', 'median ms', 'quartiles ms', 'time ratio', 'saved MB', 'saved ratio', 'peak ratio'):
+        for column in ('', 'median ms', 'quartiles', 'ratio', 'quartiles', 'saved MB', 'ratio', 'peak ratio'):
             table.add_column(column, justify='left' if not column else 'right')
         first = group[0]
         for row in group:
-            row['time_ratio'] = row['median_ms'] / first['median_ms']
             for key in ('bytes_saved', 'peak_bytes'):
                 row[f'{key}_ratio'] = row[key] / first[key] if first[key] else None
             table.add_row(
                 row['candidate'],
                 f'{row["median_ms"]:.2f}',
-                '{:.2f} to {:.2f}'.format(*row['quartiles_ms']),
+                '{:.1f}-{:.1f}'.format(*row['quartiles_ms']),
                 f'{row["time_ratio"]:.3f}',
+                '{:.2f}-{:.2f}'.format(*row['time_ratio_quartiles']),
                 f'{row["bytes_saved"] / 1e6:.1f}' if row['bytes_saved'] else '-',
                 f'{row["bytes_saved_ratio"]:.3f}' if row['bytes_saved_ratio'] else '-',
                 f'{row["peak_bytes_ratio"]:.3f}' if row['peak_bytes_ratio'] else '-',
@@ -286,6 +303,9 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--what', nargs='+', choices=['block', 'backbone'], default=['block', 'backbone'])
+    parser.add_argument(
+        '--shapes', nargs='+', default=BLOCK_SHAPES, help='block inputs as NxCxHxWdD (default: %(default)s)'
+    )
     parser.add_argument('--depth', type=int, default=50, help='(default: %(default)s)')
     parser.add_argument('--batch', type=int, default=2, help='images in the backbone input (default: %(default)s)')
     parser.add_argument('--size', type=int, nargs=2, default=[320, 480], help='height, width (default: 320 480)')
@@ -297,6 +317,10 @@ def main() -> None:
     parser.add_argument('--rounds', type=int, default=15, help='timed rounds (default: %(default)s)')
     parser.add_argument('--out-dir', type=Path, default=Path('work_dirs/benchmark'), help='(default: %(default)s)')
     args = parser.parse_args()
+    try:
+        [block_shape(name) for name in args.shapes]
+    except argparse.ArgumentTypeError as error:
+        parser.error(str(error))
     args.device = torch.device(args.device)
     environment = dict(
         hardware=hardware(args.device),

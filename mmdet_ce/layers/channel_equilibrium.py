@@ -9,69 +9,46 @@ from __future__ import annotations
 from typing import Optional
 
 import torch
-import torch.nn.functional as F
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..ops import Moments, affine_of, inverse_sqrt_newton, mix, no_autocast
+from ..ops import affine_of, channel_equilibrium
+from ..ops.fused import LAYER_NORM_EPS
 
 
-class _RunningStatistic(nn.Module):
-    """A branch with running values, updated once for each training forward pass."""
-
-    def __init__(self, momentum: float) -> None:
-        super().__init__()
-        self.momentum = momentum
-
-    @torch.no_grad()
-    def _update(self, running: Tensor, batch: Tensor) -> None:
-        # Activation checkpointing runs the forward pass again inside the backward pass: that one must not count.
-        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
-            running.lerp_(batch.to(running.dtype), self.momentum)
-
-
-class BatchDecorrelation(_RunningStatistic):
-    """The branch BD(x) = P_T x: one whitening matrix for each channel group, from the whole batch.
+class BatchDecorrelation(nn.Module):
+    """What the branch BD(x) = P_T x keeps: the running whitening matrix of each channel group.
 
     Args:
         num_groups: Channel groups G.
         group_size: Channels d of a group.
         num_iterations: Newton steps T.
         eps: Ridge added to the covariance.
-        momentum: Weight of the batch in the running values.
     """
 
-    def __init__(self, num_groups: int, group_size: int, num_iterations: int, eps: float, momentum: float) -> None:
-        super().__init__(momentum)
+    def __init__(self, num_groups: int, group_size: int, num_iterations: int, eps: float) -> None:
+        super().__init__()
         self.num_iterations = num_iterations
         self.eps = eps
+        # The mean is kept as the released code keeps it; no output depends on it.
         self.register_buffer('running_mean', torch.zeros(num_groups, group_size, 1))
         self.register_buffer('running_whitening', torch.eye(group_size).repeat(num_groups, 1, 1))
 
-    def forward(self, mean: Tensor, covariance: Tensor) -> Tensor:
-        """Return P_T, (G, d, d), of the batch's mean (G, d, 1) and covariance (G, d, d); update the running values."""
-        eye = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
-        whitening = inverse_sqrt_newton(covariance + self.eps * eye, self.num_iterations)
-        self._update(self.running_mean, mean)  # kept as the released code keeps it; no output depends on it
-        self._update(self.running_whitening, whitening)
-        return whitening
 
-
-class InstanceReweighting(_RunningStatistic):
-    """The branch IR(x_n) = gate_n / s * x_n: one gate for each sample and channel (the paper's AII).
+class InstanceReweighting(nn.Module):
+    """What the branch IR(x_n) = gate_n / s * x_n keeps: the gate's layers and the running scale (the paper's AII).
 
     Args:
         in_channels: Channels C.
         reduction: The gate's bottleneck has C / reduction channels.
-        momentum: Weight of the batch in the running value.
     """
 
-    def __init__(self, in_channels: int, reduction: int, momentum: float) -> None:
-        super().__init__(momentum)
+    def __init__(self, in_channels: int, reduction: int) -> None:
+        super().__init__()
         hidden = in_channels // reduction
         self.fc1 = nn.Linear(in_channels, hidden, bias=False)
-        self.norm = nn.LayerNorm(hidden)
+        self.norm = nn.LayerNorm(hidden, eps=LAYER_NORM_EPS)
         self.fc2 = nn.Linear(hidden, in_channels, bias=False)
         self.register_buffer('running_scale', torch.ones(1))
 
@@ -79,26 +56,6 @@ class InstanceReweighting(_RunningStatistic):
     def gate_parameters(self) -> tuple[Tensor, ...]:
         """The gate's W1, LayerNorm weight and bias, and W2."""
         return self.fc1.weight, self.norm.weight, self.norm.bias, self.fc2.weight
-
-    def gate(self, variance: Tensor, w1: Tensor, norm_weight: Tensor, norm_bias: Tensor, w2: Tensor) -> Tensor:
-        """Return sigmoid(W2 relu(LayerNorm(W1 v))), (N, C), of the spatial variance v, (N, C)."""
-        w1, norm_weight, norm_bias, w2 = (t.to(variance.dtype) for t in (w1, norm_weight, norm_bias, w2))
-        hidden = F.layer_norm(F.linear(variance, w1), norm_bias.shape, norm_weight, norm_bias, self.norm.eps)
-        return torch.sigmoid(F.linear(F.relu(hidden), w2))
-
-    def batch_scale(self, moments: Moments) -> Tensor:
-        """Return s = sqrt(mean of v), (1,), and update its running value.
-
-        A batch without spatial variance (all-zero, constant or 1x1 maps; the network's first step when
-        ``zero_init_residual`` zeroes the norm before CE) has nothing to be equalized: s = 1, where the formula has 0/0.
-        """
-        mean_variance = moments.variance.mean().reshape(1)
-        mean_square = moments.covariance.detach().diagonal(dim1=1, dim2=2).mean() + moments.mean.square().mean()
-        # Beside the mean square, less than what rounding leaves of a constant in the moments.
-        has_variance = mean_variance > (8 * torch.finfo(mean_variance.dtype).eps) ** 2 * mean_square
-        scale = torch.where(has_variance, mean_variance, torch.ones_like(mean_variance)).sqrt()
-        self._update(self.running_scale, scale)
-        return scale
 
 
 @MODELS.register_module()
@@ -165,9 +122,10 @@ class ChannelEquilibrium(nn.Module):
         if not 0 < momentum <= 1:
             raise ValueError(f'momentum must be in (0, 1], got {momentum}')
         self.num_groups = in_channels // self.group_size
+        self.momentum = momentum
         self.theta = nn.Parameter(torch.zeros(1))
-        self.bd = BatchDecorrelation(self.num_groups, self.group_size, num_iterations, eps, momentum)
-        self.ir = InstanceReweighting(in_channels, reduction, momentum)
+        self.bd = BatchDecorrelation(self.num_groups, self.group_size, num_iterations, eps)
+        self.ir = InstanceReweighting(in_channels, reduction)
 
     def forward(self, x: Tensor, norm: Optional[_BatchNorm] = None) -> Tensor:
         """Apply the block to ``x``, (N, C, H, W), or, folded into one product, to ``norm(x)``.
@@ -177,30 +135,28 @@ class ChannelEquilibrium(nn.Module):
             norm: A BatchNorm in evaluation, which is an affine map of each channel.
         """
         self._check_input(x)
-        with no_autocast(x):
-            return mix(
-                x,
-                self.group_size,
-                self._matrix,
-                (self.theta, *self.ir.gate_parameters),
-                with_covariance=self.training,
-                affine=None if norm is None else affine_of(norm),
-            )
+        out, mean, whitening, scale = channel_equilibrium(
+            x,
+            self.theta,
+            *self.ir.gate_parameters,
+            group_size=self.group_size,
+            num_iterations=self.bd.num_iterations,
+            eps=self.bd.eps,
+            running_whitening=None if self.training else self.bd.running_whitening,
+            running_scale=None if self.training else self.ir.running_scale,
+            affine=None if norm is None else affine_of(norm),
+        )
+        # Activation checkpointing runs the forward pass again inside the backward pass: that one must not count.
+        if self.training and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1):
+            self._update(mean, whitening, scale)
+        return out
 
-    def _matrix(self, moments: Moments, theta: Tensor, *gate_parameters: Tensor) -> Tensor:
-        """Return M = lambda P + (1 - lambda) diag(gate / s), (N, G, d, d)."""
-        dtype = moments.variance.dtype
-        if self.training:
-            whitening = self.bd(moments.mean, moments.covariance)
-            scale = self.ir.batch_scale(moments)
-        else:
-            # Cloned: a training pass may update the buffers in place before this graph's backward pass.
-            whitening = self.bd.running_whitening.to(dtype, copy=True)
-            scale = self.ir.running_scale.to(dtype, copy=True)
-        reweighting = self.ir.gate(moments.variance, *gate_parameters) / scale  # (N, C)
-        lam = torch.sigmoid(theta.to(dtype))
-        diagonal = ((1 - lam) * reweighting).unflatten(1, (self.num_groups, self.group_size)).diag_embed()
-        return lam * whitening + diagonal
+    @torch.no_grad()
+    def _update(self, mean: Tensor, whitening: Tensor, scale: Tensor) -> None:
+        """Move the running values towards those of the batch."""
+        self.bd.running_mean.lerp_(mean.to(self.bd.running_mean.dtype), self.momentum)
+        self.bd.running_whitening.lerp_(whitening.to(self.bd.running_whitening.dtype), self.momentum)
+        self.ir.running_scale.lerp_(scale.to(self.ir.running_scale.dtype), self.momentum)
 
     @property
     def lacks_statistics(self) -> bool:

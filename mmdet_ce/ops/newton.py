@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 
-def inverse_sqrt_newton(covariance: Tensor, num_iterations: int) -> Tensor:
-    """Approximate the inverse square root of ``covariance / trace(covariance)``.
+def inverse_sqrt_newton(normalized: Tensor, num_iterations: int) -> Tensor:
+    """Approximate the inverse square root of a covariance of trace 1.
 
     The paper iterates P <- 1.5 P - 0.5 P^3 Sigma_N from P = I. Here Y = P Sigma_N is carried along (the coupled
     Newton-Schulz form): the same P in exact arithmetic, but stable, where the single form diverges in float32 after
@@ -15,18 +15,40 @@ def inverse_sqrt_newton(covariance: Tensor, num_iterations: int) -> Tensor:
     iteration is far from converged, and a checkpoint must run with the T that it was trained with.
 
     Args:
-        covariance: (G, d, d), symmetric positive definite.
+        normalized: Sigma_N = Sigma / trace(Sigma), (G, d, d), symmetric positive definite.
         num_iterations: Newton steps T, at least 1.
 
     Returns:
         P_T, (G, d, d).
     """
-    eye = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
-    trace = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    y = covariance / trace  # P_0 Sigma_N
+    eye = torch.eye(normalized.shape[-1], dtype=normalized.dtype, device=normalized.device)
+    y = normalized  # P_0 Sigma_N
     step = p = 1.5 * eye - 0.5 * y  # the first step, from P_0 = I
     for _ in range(num_iterations - 1):
         y = y @ step
         step = torch.baddbmm(eye, p, y, beta=1.5, alpha=-0.5)
         p = step @ p
     return p
+
+
+def inverse_sqrt_newton_derivative(normalized: Tensor, direction: Tensor, num_iterations: int) -> Tensor:
+    """Return the derivative of ``inverse_sqrt_newton`` in a direction, which is its gradient too.
+
+    P_T is a polynomial f of the symmetric Sigma_N, so the adjoint of its derivative is that derivative itself, and it
+    stands in a corner of f of a matrix of twice the size (Higham, Functions of Matrices, 2008, theorem 3.6):
+
+        f([[Sigma_N, E], [0, Sigma_N]]) = [[f(Sigma_N), f'(Sigma_N)[E]], [0, f(Sigma_N)]]
+
+    Args:
+        normalized: Sigma_N, (G, d, d), symmetric.
+        direction: E, (G, d, d): a direction, or the gradient with respect to P_T, of which the symmetric part counts.
+        num_iterations: Newton steps T.
+
+    Returns:
+        (G, d, d), symmetric: the derivative, or the gradient with respect to Sigma_N.
+    """
+    d = normalized.shape[-1]
+    block = normalized.new_zeros(len(normalized), 2 * d, 2 * d)
+    block[:, :d, :d] = block[:, d:, d:] = normalized
+    block[:, :d, d:] = 0.5 * (direction + direction.transpose(1, 2))
+    return inverse_sqrt_newton(block, num_iterations)[:, :d, d:]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 
-class CEReferenceOutput(NamedTuple):
+class CEOutput(NamedTuple):
     """What one pass of the block computes."""
 
     out: Tensor  # (N, C, H, W)
@@ -35,7 +35,7 @@ def channel_equilibrium_reference(
     eps: float = 1e-5,
     running_whitening: Optional[Tensor] = None,
     running_scale: Optional[Tensor] = None,
-) -> CEReferenceOutput:
+) -> CEOutput:
     """Apply Channel Equilibrium to ``x``, by the book.
 
     Training form unless both running values are given. Differentiable, in the dtype of ``x`` (use float64).
@@ -97,4 +97,4 @@ def channel_equilibrium_reference(
     reweighted = (gate / scale)[:, :, None, None] * x
 
     lam = torch.sigmoid(theta)
-    return CEReferenceOutput(lam * decorrelated + (1 - lam) * reweighted, mean, whitening, scale)
+    return CEOutput(lam * decorrelated + (1 - lam) * reweighted, mean, whitening, scale)

@@ -334,6 +334,21 @@ def test_compiles_in_evaluation_without_a_graph_break():
             assert_agree(a, b, 1e-5)
 
 
+@pytest.mark.parametrize('norm_eval', [True, False])
+def test_compiles_in_training(norm_eval):
+    backbone = CEResNet(depth=18, num_stages=1, strides=(1,), dilations=(1,), out_indices=(0,), norm_eval=norm_eval)
+    backbone = randomize(backbone).train()
+    other = copy.deepcopy(backbone)
+    x = torch.randn(2, 3, 32, 32)
+    (expected,), (out,) = backbone(x), torch.compile(other, fullgraph=True, backend='aot_eager')(x)
+    expected.square().mean().backward(), out.square().mean().backward()
+    assert_agree(out, expected, 1e-5)
+    for (name, a), b in zip(other.named_parameters(), backbone.parameters()):
+        assert_agree(a.grad, b.grad, 1e-4, name)
+    for (name, a), b in zip(other.named_buffers(), backbone.buffers()):
+        assert_agree(a, b, 1e-5, name)
+
+
 # ---- bad input ----
 
 

@@ -10,11 +10,25 @@ from torch import nn
 from utils import assert_agree, randomize
 
 from mmdet_ce import ChannelEquilibrium
+from mmdet_ce.ops import channel_equilibrium, channel_equilibrium_reference
 
 
 def norm_and_ce(dtype=torch.float64, affine=True):
     norm = randomize(nn.BatchNorm2d(32, affine=affine)).to(dtype).eval()
     return norm, randomize(ChannelEquilibrium(32), seed=1).to(dtype)
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_fused_form_takes_and_returns_what_the_reference_does(training):
+    _, ce = norm_and_ce()
+    x = torch.randn(3, 32, 5, 7, dtype=torch.float64)
+    running = {} if training else dict(running_whitening=ce.bd.running_whitening, running_scale=ce.ir.running_scale)
+    arguments = (x, ce.theta, *ce.ir.gate_parameters)
+    out = channel_equilibrium(*arguments, group_size=16, num_iterations=5, eps=1e-3, **running)
+    expected = channel_equilibrium_reference(*arguments, group_size=16, num_iterations=5, eps=1e-3, **running)
+    for name, a, b in zip(out._fields, out, expected):
+        assert (a is None and b is None) or assert_agree(a, b, 1e-10, name) is None
+    assert out.out.requires_grad and not out.whitening.requires_grad and not out.scale.requires_grad
 
 
 def run(function, x, *modules):

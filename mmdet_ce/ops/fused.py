@@ -1,0 +1,329 @@
+"""Channel Equilibrium in one matrix product: the form that trains.
+
+Everything that CE does to a feature map is linear in it once its statistics are known, CE(x_n) = M_n x_n by channel
+group, and every statistic follows from two reductions, each sample's means m and its Gram matrices
+S = (x - m)(x - m)^T. (About zero instead of m, a mean of many standard deviations would cost float32 the digits of the
+variance.) So the large tensor is reduced, then multiplied once; what lies between are small matrices. The backward pass
+works the same way,
+
+    dM = dy x^T                                   a reduction
+    dM -> dm, dS, dparameters                     small matrices
+    dx = M^T dy + 2 dS (x - m) + dm / L           two products; one in evaluation, where dS is diagonal
+
+and keeps nothing of the size of x but x. A norm in evaluation is an affine map x = a z + b, so CE after it is
+M (a z + b): the moments of x follow from those of z, and only z is kept.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .newton import inverse_sqrt_newton, inverse_sqrt_newton_derivative
+from .reference import CEOutput
+
+LAYER_NORM_EPS = 1e-5
+
+
+class Affine(NamedTuple):
+    """A norm in evaluation: x = weight * z + bias, both (C,)."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+def affine_of(norm: _BatchNorm) -> Affine:
+    """Return the affine map that a BatchNorm in evaluation is, in float32 at least."""
+    weight = torch.rsqrt(_at_least_float32(norm.running_var) + norm.eps)
+    if norm.affine:
+        weight = norm.weight * weight
+    bias = -norm.running_mean * weight
+    return Affine(weight, bias + norm.bias if norm.affine else bias)
+
+
+def channel_equilibrium(
+    x: Tensor,
+    theta: Tensor,
+    fc1_weight: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    fc2_weight: Tensor,
+    *,
+    group_size: int,
+    num_iterations: int = 3,
+    eps: float = 1e-5,
+    running_whitening: Optional[Tensor] = None,
+    running_scale: Optional[Tensor] = None,
+    affine: Optional[Affine] = None,
+) -> CEOutput:
+    """Apply Channel Equilibrium to ``x``: ``channel_equilibrium_reference``, fast.
+
+    Training form unless both running values are given. Statistics, iteration and gate are computed in float32 at least,
+    under autocast too.
+
+    Args:
+        x: (N, C, H, W), or the input z of the norm where ``affine`` is given. Input that is not contiguous is copied to
+            the contiguous format first.
+        theta: (1,), lambda is its sigmoid.
+        fc1_weight: (C / r, C), W1 of the gate.
+        norm_weight: (C / r,), LayerNorm's scale.
+        norm_bias: (C / r,), LayerNorm's shift.
+        fc2_weight: (C, C / r), W2 of the gate.
+        group_size: Channels d of a decorrelation group; divides C.
+        num_iterations: Newton steps T.
+        eps: Ridge added to the covariance.
+        running_whitening: (G, d, d), P_T of the evaluation form.
+        running_scale: (1,), s of the evaluation form.
+        affine: The norm in evaluation before CE, folded into M.
+
+    Returns:
+        The output, in the dtype and memory format of ``x``, differentiable once; and the statistics it was computed
+        with, constants.
+    """
+    evaluation = running_whitening is not None and running_scale is not None
+    running = (running_whitening, running_scale) if evaluation else None
+    options = _Options(group_size, num_iterations, eps, running)
+    inputs = (*(affine or (None, None)), theta, fc1_weight, norm_weight, norm_bias, fc2_weight)
+    with no_autocast(x):
+        if torch.jit.is_tracing():  # the same, in operations that a trace records
+            flat = _flat(x, group_size)
+            terms = _terms(*_reduce(flat, len(x), not evaluation), flat.shape[2], options, *inputs)
+            out = _multiply(terms.folded, terms.constant, flat).to(x.dtype).view(x.shape)
+            statistics = [None if t is None else t.detach() for t in (terms.mean, terms.whitening, terms.scale)]
+        else:
+            out, *statistics = _ChannelEquilibrium.apply(x, options, *inputs)
+    return CEOutput(out.contiguous(memory_format=_memory_format(x)), *statistics)
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager:
+    """Return a context in which operations on ``x`` keep their dtype."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+class _Options(NamedTuple):
+    """Arguments that no gradient is asked of."""
+
+    group_size: int
+    num_iterations: int
+    eps: float
+    running: Optional[tuple[Tensor, Tensor]]  # P_T and s, in evaluation
+
+
+class _Terms(NamedTuple):
+    """What lies between the reductions and the product; None where the form of CE, or no norm before it, needs none."""
+
+    means: Tensor  # (N, G, d), m, of z
+    between: Optional[Tensor]  # (G, N, d), m less its mean over the samples
+    covariance: Optional[Tensor]  # (G, d, d), of z over samples and positions, biased
+    mean: Optional[Tensor]  # (G, d, 1), mu
+    own_variance: Tensor  # (N, G, d), of the positions of z in a sample, unbiased; 0 for a 1x1 map
+    variance: Tensor  # (N, C), v, that of x
+    trace: Optional[Tensor]  # (G, 1, 1), of Sigma
+    normalized: Optional[Tensor]  # (G, d, d), Sigma_N
+    whitening: Tensor  # (G, d, d), P_T
+    has_variance: Optional[Tensor]  # (1,), whether the variances are more than rounding
+    scale: Tensor  # (1,), s
+    hidden: Tensor  # (N, C / r), W1 v
+    hidden_mean: Tensor  # (N, 1), LayerNorm's mean of it
+    hidden_rstd: Tensor  # (N, 1), LayerNorm's reciprocal deviation of it
+    rectified: Tensor  # (N, C / r), relu(LayerNorm(W1 v))
+    gate: Tensor  # (N, C)
+    lam: Tensor  # (1,), lambda
+    matrix: Tensor  # (N, G, d, d), M
+    folded: Tensor  # (N, G, d, d), M diag(a)
+    constant: Optional[Tensor]  # (N, G, d, 1), M b
+
+
+def _terms(
+    means: Tensor,
+    squares: Tensor,
+    length: int,
+    options: _Options,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    *parameters: Tensor,
+) -> _Terms:
+    """Return the small matrices, by the equations of the paper, from the reductions of z."""
+    n, g, d = means.shape
+    theta, w1, norm_weight, norm_bias, w2 = (t.to(means.dtype) for t in parameters)
+    if weight is not None:
+        weight, bias = weight.to(means.dtype).view(g, d), bias.to(means.dtype).view(g, d)
+
+    # The gate, from the variance of each sample's channels
+    own_variance = (squares.diagonal(dim1=2, dim2=3) if options.running is None else squares) / max(length - 1, 1)
+    variance = (own_variance if weight is None else own_variance * weight.square()).view(n, -1)
+    hidden = F.linear(variance, w1)
+    normed, *hidden_moments = torch.native_layer_norm(hidden, norm_bias.shape, norm_weight, norm_bias, LAYER_NORM_EPS)
+    rectified = F.relu(normed)
+    gate = torch.sigmoid(F.linear(rectified, w2))
+
+    between = covariance = mean = trace = normalized = has_variance = None
+    if options.running is None:
+        # Sigma: the covariance within the samples, and that of their means
+        center = means.mean(0)
+        between = (means - center).transpose(0, 1)
+        covariance = torch.baddbmm(squares.sum(0), between.transpose(1, 2), between, beta=1 / (n * length), alpha=1 / n)
+        sigma, sample_means = covariance, means
+        if weight is not None:
+            center, sample_means = weight * center + bias, weight * means + bias
+            sigma = weight[:, :, None] * covariance * weight[:, None, :]
+        mean = center[..., None]
+        sigma = sigma + options.eps * torch.eye(d, dtype=sigma.dtype, device=sigma.device)
+        trace = sigma.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
+        normalized = sigma / trace
+        whitening = inverse_sqrt_newton(normalized, options.num_iterations)
+        # s. A batch without spatial variance (all-zero, constant or 1x1 maps; the network's first step when
+        # zero_init_residual zeroes the norm before CE) has nothing to be equalized: s = 1, where the formula has 0/0.
+        mean_variance = variance.mean().view(1)
+        rounding = (8 * torch.finfo(variance.dtype).eps) ** 2
+        has_variance = mean_variance > rounding * sample_means.square().mean()
+        scale = torch.where(has_variance, mean_variance, 1.0).sqrt()
+    else:
+        # Copied: a training pass may update the buffers in place before the backward pass of this one
+        whitening, scale = (t.to(means.dtype, copy=True) for t in options.running)
+
+    # M = lambda P + (1 - lambda) diag(gate / s)
+    lam = torch.sigmoid(theta)
+    matrix = lam * whitening + ((1 - lam) / scale * gate).view(n, g, d).diag_embed()
+    folded, constant = matrix, None
+    if weight is not None:
+        folded, constant = matrix * weight[:, None, :], matrix @ bias[:, :, None]
+    return _Terms(
+        means, between, covariance, mean, own_variance, variance, trace, normalized, whitening, has_variance, scale,
+        hidden, *hidden_moments, rectified, gate, lam, matrix, folded, constant,
+    )  # fmt: skip
+
+
+class _ChannelEquilibrium(torch.autograd.Function):
+    """The forward and the backward pass as described at the top."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, options: _Options, *inputs: Optional[Tensor]) -> tuple[Tensor, ...]:
+        flat = _flat(x, options.group_size)
+        # Allocated in its final shape: autograd lets nobody change a function's output that is a view.
+        out = flat.new_empty(x.shape)
+        means, squares = _reduce(flat, len(x), options.running is None, scratch=out.view(flat.shape))
+        terms = _terms(means, squares, flat.shape[2], options, *inputs)
+        ctx.options = options
+        ctx.save_for_backward(x, *inputs, *terms)
+        _multiply(terms.folded, terms.constant, flat, out=out.view(flat.shape))
+        statistics = (terms.mean, terms.whitening, terms.scale)
+        ctx.mark_non_differentiable(*(t for t in statistics if t is not None))
+        return out.to(x.dtype), *statistics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor, *_: Optional[Tensor]) -> tuple[Optional[Tensor], ...]:
+        x, weight, bias, _, w1, norm_weight, norm_bias, w2, *terms = ctx.saved_tensors
+        t = _Terms(*terms)
+        n, g, d = t.means.shape
+        w1, norm_weight, norm_bias, w2 = (p.to(t.means.dtype) for p in (w1, norm_weight, norm_bias, w2))
+        with no_autocast(x):
+            flat, dy = _flat(x, d), _flat(grad, d)
+            length = flat.shape[2]
+            d_matrix = torch.bmm(dy, flat.transpose(1, 2)).view(n, g, d, d)
+
+            # y = M (a z + b)
+            d_weight = d_bias = None
+            if weight is not None:
+                weight, bias = weight.to(dy.dtype).view(g, d), bias.to(dy.dtype).view(g, d)
+                d_constant = dy.sum(2).view(n, g, d, 1)
+                d_weight = (t.matrix * d_matrix).sum((0, 2))
+                d_bias = (t.matrix * d_constant).sum((0, 2))
+                d_matrix = d_matrix * weight[:, None, :] + d_constant * bias[:, None, :]
+
+            # M = lambda P + (1 - lambda) diag(gate / s)
+            d_whitening = t.lam * d_matrix.sum(0)
+            d_reweighting = (1 - t.lam) * d_matrix.diagonal(dim1=2, dim2=3).reshape(n, -1)
+            reweighting = t.gate / t.scale
+            towards_whitening, towards_scale = (d_whitening * t.whitening).sum(), (d_reweighting * reweighting).sum()
+            d_theta = (1 - t.lam) * towards_whitening - t.lam * towards_scale
+
+            # gate = sigmoid(W2 relu(LayerNorm(W1 v)))
+            d_logits = d_reweighting * reweighting * (1 - t.gate)
+            d_w2 = d_logits.T @ t.rectified
+            d_normed = (d_logits @ w2) * (t.rectified > 0)
+            d_hidden, d_norm_weight, d_norm_bias = torch.ops.aten.native_layer_norm_backward(
+                d_normed, t.hidden, norm_bias.shape, t.hidden_mean, t.hidden_rstd, norm_weight, norm_bias, [True] * 3
+            )
+            d_w1 = d_hidden.T @ t.variance
+            d_variance = d_hidden @ w1
+
+            if ctx.options.running is None:
+                # s = sqrt(mean(v))
+                d_variance = d_variance - t.has_variance * towards_scale / (2 * t.scale.square() * d_variance.numel())
+            d_variance = d_variance.view(n, g, d)
+            if weight is not None:  # v = a^2 diag(S) / (L - 1)
+                d_weight += 2 * weight * (t.own_variance * d_variance).sum(0)
+                d_variance = d_variance * weight.square()
+            d_diagonal = (2 / max(length - 1, 1)) * d_variance
+
+            d_x = None
+            if ctx.options.running is None:
+                # P = f(Sigma_N), Sigma_N = Sigma / trace(Sigma), Sigma = eps + a (covariance of z) a^T
+                d_normalized = inverse_sqrt_newton_derivative(t.normalized, d_whitening, ctx.options.num_iterations)
+                along = (d_normalized * t.normalized).sum((1, 2), keepdim=True)
+                d_sigma = (d_normalized - along * torch.eye(d, dtype=dy.dtype, device=dy.device)) / t.trace
+                if weight is not None:
+                    d_weight += 2 * (d_sigma * t.covariance * weight[:, None, :]).sum(2)
+                    d_sigma = weight[:, :, None] * d_sigma * weight[:, None, :]
+                if ctx.needs_input_grad[0]:
+                    d_means = torch.bmm(t.between, d_sigma).transpose(0, 1) * (2 / n)
+                    symmetric = d_sigma * (2 / (n * length)) + d_diagonal.diag_embed()
+                    constant = d_means[..., None] / length - symmetric @ t.means[..., None]
+                    d_x = _multiply(t.folded.transpose(2, 3), constant, dy)
+                    d_x.baddbmm_(symmetric.view(-1, d, d), flat)
+            elif ctx.needs_input_grad[0]:
+                d_x = _multiply(t.folded.transpose(2, 3), -(d_diagonal * t.means)[..., None], dy)
+                d_x.addcmul_(d_diagonal.view(-1, d, 1), flat)
+            if d_x is not None:
+                d_x = d_x.to(x.dtype).view(x.shape)
+        if weight is not None:
+            d_weight, d_bias = d_weight.flatten(), d_bias.flatten()
+        return d_x, None, d_weight, d_bias, d_theta, d_w1, d_norm_weight, d_norm_bias, d_w2
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _flat(x: Tensor, group_size: int) -> Tensor:
+    """Return (N, C, H, W) as (N G, d, L), in float32 at least; a view of contiguous float32."""
+    return _at_least_float32(x.reshape(-1, group_size, x.shape[2] * x.shape[3]))
+
+
+def _reduce(
+    flat: Tensor, num_samples: int, with_covariance: bool, scratch: Optional[Tensor] = None
+) -> tuple[Tensor, Tensor]:
+    """Return the means over positions, (N, G, d), and the products summed about them.
+
+    The products are S = (x - m)(x - m)^T, (N, G, d, d), or without covariance their diagonals alone, (N, G, d).
+    ``scratch``, of the shape of ``flat``, is overwritten.
+    """
+    means = flat.mean(2)
+    centered = torch.sub(flat, means[..., None], out=scratch)
+    if with_covariance:
+        squares = torch.bmm(centered, centered.transpose(1, 2))
+    else:
+        squares = torch.linalg.vector_norm(centered, dim=2).square()
+    return means.unflatten(0, (num_samples, -1)), squares.unflatten(0, (num_samples, -1))
+
+
+def _multiply(matrix: Tensor, constant: Optional[Tensor], flat: Tensor, out: Optional[Tensor] = None) -> Tensor:
+    """Return M x + constant, (N G, d, L), in ``out`` if given."""
+    matrix = matrix.flatten(0, 1)
+    if constant is None:
+        return torch.bmm(matrix, flat, out=out)
+    return torch.baddbmm(constant.flatten(0, 1), matrix, flat, out=out)
