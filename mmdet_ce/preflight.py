@@ -9,6 +9,8 @@ from typing import Any, Optional
 
 from mmengine.config import Config
 
+from .loading import missing_weights_message
+
 CE_TYPES = ('CEResNet', 'ChannelEquilibrium')
 CUSTOM_IMPORTS = "custom_imports = dict(imports=['mmdet_ce'], allow_failed_imports=False)"
 
@@ -58,11 +60,7 @@ def find_problems(cfg: Config, split: str, checkpoint: Optional[str] = None) -> 
         if not path:
             continue
         if _is_missing(path):
-            problems.append(
-                f'pretrained weights {path} not found (model init_cfg); put them there, name others with --cfg-options '
-                'model.backbone.init_cfg.checkpoint=FILE, or start from random weights with '
-                'model.backbone.init_cfg=None'
-            )
+            problems.append(missing_weights_message(path))
         elif damage := _damage(path):
             problems.append(f'pretrained weights: {path} {damage}; get them again')
     return list(dict.fromkeys(problems))

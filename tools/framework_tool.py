@@ -16,6 +16,8 @@ os.environ.setdefault('PYTHONWARNINGS', 'ignore:pkg_resources is deprecated:User
 import mmdet  # noqa: E402
 from mmengine.config import Config  # noqa: E402
 
+from mmdet_ce.checkpoint_io import refusal_reason  # noqa: E402
+from mmdet_ce.loading import CheckpointMismatchError  # noqa: E402
 from mmdet_ce.preflight import find_problems  # noqa: E402
 
 
@@ -49,13 +51,9 @@ def run(name: str) -> None:
             raise
         sys.exit(f'error: {error}')
     except pickle.UnpicklingError as error:
-        # Of torch's message only the cause: the rest tells how to get around the refusal.
-        causes = [line for line in str(error).splitlines() if 'GLOBAL' in line or 'Unpickler error' in line]
-        reason = causes[0].split(' Please ')[0].strip() if causes else 'its pickle cannot be read'
-        sys.exit(
-            'error: a checkpoint was refused, and nothing in it was run: it is damaged, or asks for more than tensors '
-            f'and the training state of mmengine ({reason})'
-        )
+        sys.exit(f'error: {refusal_reason(error)}')
+    except CheckpointMismatchError as error:
+        sys.exit(f'error: {error}')
 
 
 def check(args, split: str) -> list[str]:

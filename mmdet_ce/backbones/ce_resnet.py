@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Optional
 
 import torch
 from mmdet.models.backbones.resnet import BasicBlock, Bottleneck, ResNet
 from mmdet.registry import MODELS
+from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..layers import ChannelEquilibrium
+from ..loading import missing_weights_message, summarize_load
 
 
 def build_ce(ce_cfg: dict, in_channels: int) -> ChannelEquilibrium:
@@ -250,6 +253,19 @@ class CEResNet(ResNet):
             self.ce1.eval()
             self.ce1.requires_grad_(False)
 
+    def init_weights(self) -> None:
+        """Initialize the weights; name the way to pretrained ones that are not there."""
+        for cfg in self.init_cfg if isinstance(self.init_cfg, (list, tuple)) else [self.init_cfg or {}]:
+            path = str(cfg.get('checkpoint') or '')
+            if path and '://' not in path and not Path(path).is_file():
+                raise FileNotFoundError(missing_weights_message(path))
+        super().init_weights()
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        # Here every way of loading passes: torch's, and mmengine's, which does not call load_state_dict.
+        print_log(summarize_load(self, state_dict, prefix), logger='current')
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def named_ce(self) -> Iterator[tuple[str, ChannelEquilibrium]]:
         """Iterate over the backbone's CE layers and their names."""
         return ((name, m) for name, m in self.named_modules() if isinstance(m, ChannelEquilibrium))
@@ -260,7 +276,7 @@ class CEResNet(ResNet):
         unset = [
             name
             for name, ce in self.named_ce()
-            if not ce.training and name not in self._reported and ce.lacks_statistics
+            if not ce.training and name not in self._reported and ce.lacks_statistics and not ce.is_identity
         ]
         if unset:
             self._reported.update(unset)

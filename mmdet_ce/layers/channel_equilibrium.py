@@ -84,6 +84,9 @@ class ChannelEquilibrium(nn.Module):
         reduction: The gate's bottleneck has ``in_channels // reduction`` channels.
         eps: Ridge added to the covariance.
         momentum: Weight of the batch in the running values.
+        identity_start: Whether the block starts as the identity and CE grows in, for weights that were trained without
+            it: the output is (1 - alpha) x + alpha CE(x), with a parameter alpha that starts at 0. An extension of this
+            project; neither the paper nor the released network has it.
 
     Shape:
         - Input: (N, C, H, W), any floating dtype.
@@ -109,6 +112,7 @@ class ChannelEquilibrium(nn.Module):
         reduction: int = 4,
         eps: float = 1e-5,
         momentum: float = 0.1,
+        identity_start: bool = False,
     ) -> None:
         super().__init__()
         self.in_channels = in_channels
@@ -124,6 +128,7 @@ class ChannelEquilibrium(nn.Module):
         self.num_groups = in_channels // self.group_size
         self.momentum = momentum
         self.theta = nn.Parameter(torch.zeros(1))
+        self.alpha = nn.Parameter(torch.zeros(1)) if identity_start else None
         self.bd = BatchDecorrelation(self.num_groups, self.group_size, num_iterations, eps)
         self.ir = InstanceReweighting(in_channels, reduction)
 
@@ -144,6 +149,7 @@ class ChannelEquilibrium(nn.Module):
             eps=self.bd.eps,
             running_whitening=None if self.training else self.bd.running_whitening,
             running_scale=None if self.training else self.ir.running_scale,
+            alpha=self.alpha,
             affine=None if norm is None else affine_of(norm),
         )
         # Activation checkpointing runs the forward pass again inside the backward pass: that one must not count.
@@ -157,6 +163,11 @@ class ChannelEquilibrium(nn.Module):
         self.bd.running_mean.lerp_(mean.to(self.bd.running_mean.dtype), self.momentum)
         self.bd.running_whitening.lerp_(whitening.to(self.bd.running_whitening.dtype), self.momentum)
         self.ir.running_scale.lerp_(scale.to(self.ir.running_scale.dtype), self.momentum)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether the block has started as the identity and CE has not grown in yet."""
+        return self.alpha is not None and bool(self.alpha == 0)
 
     @property
     def lacks_statistics(self) -> bool:
@@ -173,8 +184,9 @@ class ChannelEquilibrium(nn.Module):
             raise ValueError(f'ChannelEquilibrium expects a floating-point tensor, got {x.dtype}')
 
     def extra_repr(self) -> str:
-        """Describe the grouping."""
-        return f'{self.in_channels}, num_channels={self.group_size}, num_iterations={self.bd.num_iterations}'
+        """Describe the arguments that shape the block."""
+        text = f'{self.in_channels}, num_channels={self.group_size}, num_iterations={self.bd.num_iterations}'
+        return text if self.alpha is None else f'{text}, identity_start=True'
 
 
 def _group_size(in_channels: int, num_channels: int) -> int:

@@ -60,6 +60,7 @@ def channel_equilibrium(
     eps: float = 1e-5,
     running_whitening: Optional[Tensor] = None,
     running_scale: Optional[Tensor] = None,
+    alpha: Optional[Tensor] = None,
     affine: Optional[Affine] = None,
 ) -> CEOutput:
     """Apply Channel Equilibrium to ``x``: ``channel_equilibrium_reference``, fast.
@@ -80,6 +81,7 @@ def channel_equilibrium(
         eps: Ridge added to the covariance.
         running_whitening: (G, d, d), P_T of the evaluation form.
         running_scale: (1,), s of the evaluation form.
+        alpha: (1,), the share of CE in the output, the rest being the input; None for CE alone.
         affine: The norm in evaluation before CE, folded into M.
 
     Returns:
@@ -89,7 +91,7 @@ def channel_equilibrium(
     evaluation = running_whitening is not None and running_scale is not None
     running = (running_whitening, running_scale) if evaluation else None
     options = _Options(group_size, num_iterations, eps, running)
-    inputs = (*(affine or (None, None)), theta, fc1_weight, norm_weight, norm_bias, fc2_weight)
+    inputs = (*(affine or (None, None)), alpha, theta, fc1_weight, norm_weight, norm_bias, fc2_weight)
     with no_autocast(x):
         if torch.jit.is_tracing():  # the same, in operations that a trace records
             flat = _flat(x, group_size)
@@ -136,6 +138,7 @@ class _Terms(NamedTuple):
     rectified: Tensor  # (N, C / r), relu(LayerNorm(W1 v))
     gate: Tensor  # (N, C)
     lam: Tensor  # (1,), lambda
+    equalizer: Tensor  # (N, G, d, d), M of CE alone
     matrix: Tensor  # (N, G, d, d), M
     folded: Tensor  # (N, G, d, d), M diag(a)
     constant: Optional[Tensor]  # (N, G, d, 1), M b
@@ -148,6 +151,7 @@ def _terms(
     options: _Options,
     weight: Optional[Tensor],
     bias: Optional[Tensor],
+    alpha: Optional[Tensor],
     *parameters: Tensor,
 ) -> _Terms:
     """Return the small matrices, by the equations of the paper, from the reductions of z."""
@@ -191,13 +195,16 @@ def _terms(
 
     # M = lambda P + (1 - lambda) diag(gate / s)
     lam = torch.sigmoid(theta)
-    matrix = lam * whitening + ((1 - lam) / scale * gate).view(n, g, d).diag_embed()
+    equalizer = lam * whitening + ((1 - lam) / scale * gate).view(n, g, d).diag_embed()
+    matrix = equalizer
+    if alpha is not None:
+        matrix = torch.lerp(torch.eye(d, dtype=lam.dtype, device=lam.device), equalizer, alpha.to(lam.dtype))
     folded, constant = matrix, None
     if weight is not None:
         folded, constant = matrix * weight[:, None, :], matrix @ bias[:, :, None]
     return _Terms(
         means, between, covariance, mean, own_variance, variance, trace, normalized, whitening, has_variance, scale,
-        hidden, *hidden_moments, rectified, gate, lam, matrix, folded, constant,
+        hidden, *hidden_moments, rectified, gate, lam, equalizer, matrix, folded, constant,
     )  # fmt: skip
 
 
@@ -221,7 +228,7 @@ class _ChannelEquilibrium(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor, *_: Optional[Tensor]) -> tuple[Optional[Tensor], ...]:
-        x, weight, bias, _, w1, norm_weight, norm_bias, w2, *terms = ctx.saved_tensors
+        x, weight, bias, alpha, _, w1, norm_weight, norm_bias, w2, *terms = ctx.saved_tensors
         t = _Terms(*terms)
         n, g, d = t.means.shape
         w1, norm_weight, norm_bias, w2 = (p.to(t.means.dtype) for p in (w1, norm_weight, norm_bias, w2))
@@ -238,6 +245,12 @@ class _ChannelEquilibrium(torch.autograd.Function):
                 d_weight = (t.matrix * d_matrix).sum((0, 2))
                 d_bias = (t.matrix * d_constant).sum((0, 2))
                 d_matrix = d_matrix * weight[:, None, :] + d_constant * bias[:, None, :]
+
+            d_alpha = None
+            if alpha is not None:  # (1 - alpha) I + alpha M
+                eye = torch.eye(d, dtype=dy.dtype, device=dy.device)
+                d_alpha = (d_matrix * (t.equalizer - eye)).sum().view(1)
+                d_matrix = alpha.to(dy.dtype) * d_matrix
 
             # M = lambda P + (1 - lambda) diag(gate / s)
             d_whitening = t.lam * d_matrix.sum(0)
@@ -287,7 +300,7 @@ class _ChannelEquilibrium(torch.autograd.Function):
                 d_x = d_x.to(x.dtype).view(x.shape)
         if weight is not None:
             d_weight, d_bias = d_weight.flatten(), d_bias.flatten()
-        return d_x, None, d_weight, d_bias, d_theta, d_w1, d_norm_weight, d_norm_bias, d_w2
+        return d_x, None, d_weight, d_bias, d_alpha, d_theta, d_w1, d_norm_weight, d_norm_bias, d_w2
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ def channel_equilibrium_reference(
     eps: float = 1e-5,
     running_whitening: Optional[Tensor] = None,
     running_scale: Optional[Tensor] = None,
+    alpha: Optional[Tensor] = None,
 ) -> CEOutput:
     """Apply Channel Equilibrium to ``x``, by the book.
 
@@ -52,6 +53,7 @@ def channel_equilibrium_reference(
         eps: Ridge added to the covariance.
         running_whitening: (G, d, d), P_T of the evaluation form.
         running_scale: (1,), s of the evaluation form.
+        alpha: (1,), the share of CE in the output, the rest being the input; None for CE alone.
 
     Returns:
         The output and the statistics it was computed with.
@@ -97,4 +99,7 @@ def channel_equilibrium_reference(
     reweighted = (gate / scale)[:, :, None, None] * x
 
     lam = torch.sigmoid(theta)
-    return CEOutput(lam * decorrelated + (1 - lam) * reweighted, mean, whitening, scale)
+    out = lam * decorrelated + (1 - lam) * reweighted
+    if alpha is not None:
+        out = (1 - alpha) * x + alpha * out
+    return CEOutput(out, mean, whitening, scale)
