@@ -9,11 +9,11 @@ from mmdet_ce import CEResNet, ChannelEquilibrium
 from mmdet_ce.converters import BLOCK_NAMES, convert_official_state_dict
 
 
-def released(depth: int = 18) -> dict:
+def released(depth: int = 18, base_channels: int = 16) -> dict:
     """A state dict in the released layout, made from ours."""
     official = {ours: name for name, ours in BLOCK_NAMES.items()}
     state = {}
-    for key, value in CEResNet(depth=depth, base_channels=16).state_dict().items():
+    for key, value in CEResNet(depth=depth, base_channels=base_channels).state_dict().items():
         head, _, leaf = key.partition('ce.') if '.ce.' in key else key.partition('ce1.')
         state[key if not leaf else key[: -len(leaf)] + official[leaf]] = value
     return {**state, 'fc.weight': torch.zeros(10, 128), 'fc.bias': torch.zeros(10)}

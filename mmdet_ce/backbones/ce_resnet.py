@@ -21,7 +21,7 @@ from ..loading import missing_weights_message, summarize_load
 
 def build_ce(ce_cfg: dict, in_channels: int) -> ChannelEquilibrium:
     """Build the CE layer of a slot from ``ce_cfg``; its type, if given, names a subclass of ChannelEquilibrium."""
-    return MODELS.build({'type': 'ChannelEquilibrium', **ce_cfg, 'in_channels': in_channels})
+    return MODELS.build({'type': ChannelEquilibrium, **ce_cfg, 'in_channels': in_channels})
 
 
 def norm_ce(norm: nn.Module, ce: Optional[ChannelEquilibrium], x: Tensor) -> Tensor:

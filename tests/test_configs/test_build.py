@@ -6,6 +6,7 @@ import re
 
 import pytest
 from conftest import ROOT
+from mmdet.models import ResNet
 from mmdet.registry import MODELS
 from mmengine.config import Config
 
@@ -22,8 +23,13 @@ def test_config_builds_anywhere(path, tmp_path, monkeypatch):
     assert cfg.custom_imports == dict(imports=['mmdet_ce'], allow_failed_imports=False)
     assert NAME.fullmatch(path.stem)
     model = MODELS.build(cfg.model)
+    if '-ce' not in path.stem:  # the baseline
+        assert type(model.backbone) is ResNet
+        return
     assert type(model.backbone) is CEResNet
-    assert len(list(model.backbone.named_ce())) == {18: 7, 50: 14, 101: 31}[model.backbone.depth]
+    layers = dict(model.backbone.named_ce())
+    assert len(layers) == {18: 7, 50: 14, 101: 31}[model.backbone.depth]
+    assert all(layer.is_identity == ('-identity' in path.stem) for layer in layers.values())
 
 
 def test_coco_configs_are_a_few_lines():

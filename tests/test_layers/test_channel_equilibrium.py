@@ -27,6 +27,7 @@ def reference(ce: ChannelEquilibrium, x: torch.Tensor):
         group_size=ce.group_size,
         num_iterations=ce.bd.num_iterations,
         eps=ce.bd.eps,
+        alpha=ce.alpha,
         **running,
     )
 
@@ -68,8 +69,10 @@ SHAPES = [
 
 @pytest.mark.parametrize('shape, num_channels', SHAPES)
 @pytest.mark.parametrize('training', [True, False])
-def test_block_agrees_with_float64_reference(shape, num_channels, training):
-    ce = randomize(ChannelEquilibrium(shape[1], num_channels=num_channels)).train(training)
+@pytest.mark.parametrize('identity_start', [False, True])
+def test_block_agrees_with_float64_reference(shape, num_channels, training, identity_start):
+    ce = ChannelEquilibrium(shape[1], num_channels=num_channels, identity_start=identity_start)
+    ce = randomize(ce).train(training)
     double = copy.deepcopy(ce).double()
     x = torch.randn(shape) * (0.5 + torch.rand(1, shape[1], 1, 1)) + torch.randn(1, shape[1], 1, 1)
     grad = torch.randn(shape)
@@ -94,8 +97,10 @@ def test_block_agrees_with_float64_reference(shape, num_channels, training):
 
 
 @pytest.mark.parametrize('training', [True, False])
-def test_gradcheck(training):
-    ce = randomize(ChannelEquilibrium(8, num_channels=4)).double().train(training)
+@pytest.mark.parametrize('identity_start', [False, True])
+def test_gradcheck(training, identity_start):
+    ce = ChannelEquilibrium(8, num_channels=4, identity_start=identity_start)
+    ce = randomize(ce).double().train(training)
     x = torch.randn(2, 8, 3, 2, dtype=torch.float64, requires_grad=True)
     names, parameters = zip(*ce.named_parameters())
 
@@ -103,6 +108,29 @@ def test_gradcheck(training):
         return torch.func.functional_call(copy.deepcopy(ce), dict(zip(names, values)), (x,))
 
     assert torch.autograd.gradcheck(forward, (x, *(p.detach().requires_grad_() for p in parameters)))
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_identity_start(training):
+    """At first the input, exactly; only alpha has a gradient then, and CE grows in."""
+    ce = ChannelEquilibrium(32, identity_start=True).train(training)
+    x = torch.randn(2, 32, 5, 5)
+    out = ce(x)
+    assert torch.equal(out, x) and ce.is_identity
+    out.square().sum().backward()
+    assert ce.alpha.grad.abs() > 1e-3 and not ce.theta.grad.any()
+    with torch.no_grad():
+        ce.alpha.add_(0.1)
+    assert not torch.allclose(ce(x), x) and not ce.is_identity
+    with torch.no_grad():
+        ce.alpha.fill_(1.0)
+    alone = ChannelEquilibrium(32).train(training)
+    alone.load_state_dict({key: t for key, t in ce.state_dict().items() if key != 'alpha'})
+    assert_agree(ce(x), alone(x), 1e-6)
+
+
+def test_no_identity_start_by_default():
+    assert 'alpha' not in ChannelEquilibrium(32).state_dict()
 
 
 def test_branches_are_what_the_paper_says():

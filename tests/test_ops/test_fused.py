@@ -13,9 +13,9 @@ from mmdet_ce import ChannelEquilibrium
 from mmdet_ce.ops import channel_equilibrium, channel_equilibrium_reference
 
 
-def norm_and_ce(dtype=torch.float64, affine=True):
+def norm_and_ce(dtype=torch.float64, affine=True, **kwargs):
     norm = randomize(nn.BatchNorm2d(32, affine=affine)).to(dtype).eval()
-    return norm, randomize(ChannelEquilibrium(32), seed=1).to(dtype)
+    return norm, randomize(ChannelEquilibrium(32, **kwargs), seed=1).to(dtype)
 
 
 @pytest.mark.parametrize('training', [True, False])
@@ -43,8 +43,9 @@ def run(function, x, *modules):
 
 @pytest.mark.parametrize('training', [True, False])
 @pytest.mark.parametrize('affine', [True, False])
-def test_folded_norm_equals_norm_then_ce(training, affine):
-    norm, ce = norm_and_ce(affine=affine)
+@pytest.mark.parametrize('identity_start', [True, False])
+def test_folded_norm_equals_norm_then_ce(training, affine, identity_start):
+    norm, ce = norm_and_ce(affine=affine, identity_start=identity_start)
     ce.train(training)
     other = copy.deepcopy(ce)
     x = 2 * torch.randn(3, 32, 5, 7, dtype=torch.float64) + 1

@@ -1,0 +1,97 @@
+"""Calibration: the exact mean over batches, whatever their order, and nothing else changed."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from mmdet.models import ResNet
+from utils import assert_agree, randomize
+
+from mmdet_ce import CEResNet
+from mmdet_ce.calibration import calibrate
+
+
+def make(**kwargs):
+    return randomize(CEResNet(depth=18, base_channels=16, **kwargs)).double()
+
+
+def images(count, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(2, 3, 48, 48, generator=generator, dtype=torch.float64) for _ in range(count)]
+
+
+def statistics(backbone):
+    return {key: t for key, t in backbone.state_dict().items() if 'running_' in key}
+
+
+@pytest.mark.parametrize('with_bn', [False, True])
+def test_mean_over_batches(with_bn):
+    """Of one layer's values by hand: each batch alone gives its own statistics, the result is their mean."""
+    backbone, batches = make(norm_eval=True, frozen_stages=1), images(3)
+    alone = []
+    for batch in batches:
+        one = copy.deepcopy(backbone)
+        calibrate(one, [batch], 1, with_bn)
+        alone.append(statistics(one))
+    assert calibrate(backbone, batches, 10, with_bn) == 3
+    for key, value in statistics(backbone).items():
+        assert_agree(value, sum(s[key] for s in alone) / 3, 1e-12, key)
+
+
+def test_one_batch_gives_the_statistics_of_training():
+    backbone, (batch,) = make(norm_eval=False), images(1)
+    trained = copy.deepcopy(backbone).train()
+    for module in trained.modules():
+        if hasattr(module, 'momentum'):
+            module.momentum = 1.0
+    trained(batch)
+    calibrate(backbone, [batch], 1, with_bn=True)
+    for key, value in statistics(backbone).items():
+        assert_agree(value, statistics(trained)[key], 1e-9, key)
+
+
+@pytest.mark.parametrize('with_bn', [False, True])
+def test_does_not_depend_on_the_order(with_bn):
+    forward, backward, batches = make(), make(), images(4)
+    calibrate(forward, batches, 4, with_bn)
+    calibrate(backward, batches[::-1], 4, with_bn)
+    for key, value in statistics(forward).items():
+        assert_agree(value, statistics(backward)[key], 1e-12, key)
+
+
+@pytest.mark.parametrize('with_bn', [False, True])
+def test_changes_nothing_else(with_bn):
+    backbone = make().train()
+    before, modes = copy.deepcopy(backbone), [m.training for m in backbone.modules()]
+    calibrate(backbone, images(2), 2, with_bn)
+    for (name, a), b in zip(backbone.state_dict().items(), before.state_dict().values()):
+        bn = 'running_mean' in name or 'running_var' in name
+        is_ce = any(name.startswith(f'{layer}.') for layer, _ in backbone.named_ce())
+        if 'running_' in name and (is_ce or (bn and with_bn)):
+            assert not torch.equal(a, b), name
+        else:
+            assert torch.equal(a, b), name
+    assert [m.training for m in backbone.modules()] == modes
+    assert all(ce.momentum == 0.1 for _, ce in backbone.named_ce())
+
+
+def test_interrupted_calibration_restores_the_statistics():
+    backbone = make()
+    before = copy.deepcopy(statistics(backbone))
+
+    def batches():
+        yield images(1)[0]
+        raise OSError('the disk went away')
+
+    with pytest.raises(OSError, match='went away'):
+        calibrate(backbone, batches(), 5)
+    assert all(torch.equal(value, before[key]) for key, value in statistics(backbone).items())
+
+
+def test_nothing_to_calibrate():
+    with pytest.raises(ValueError, match='ResNet has no ChannelEquilibrium layer to calibrate'):
+        calibrate(ResNet(depth=18), images(1), 1)
+    with pytest.raises(ValueError, match='no batch to calibrate with'):
+        calibrate(make(), [], 1)

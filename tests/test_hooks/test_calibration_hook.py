@@ -1,0 +1,65 @@
+"""The calibration hook in a real Runner."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from mmdet.registry import HOOKS
+from mmengine.model import BaseModel
+from mmengine.runner import Runner
+
+from mmdet_ce import CECalibrationHook, CEResNet
+
+
+class Model(BaseModel):
+    """The least that a Runner trains: a CE backbone and a loss."""
+
+    def __init__(self):
+        super().__init__(data_preprocessor=dict(type='mmengine.ImgDataPreprocessor'))
+        self.backbone = CEResNet(depth=18, base_channels=16, norm_eval=True, frozen_stages=-1)
+
+    def forward(self, inputs, data_samples=None, mode='tensor'):
+        return dict(loss=sum(out.mean() for out in self.backbone(inputs)))
+
+
+def runner(work_dir, num_epochs=1, **kwargs):
+    dataset = [dict(inputs=torch.full((3, 32, 32), float(i)) + torch.rand(3, 32, 32)) for i in range(4)]
+    return Runner(
+        model=Model(),
+        work_dir=str(work_dir),
+        train_dataloader=dict(dataset=dataset, batch_size=2, sampler=dict(type='DefaultSampler', shuffle=True)),
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=1e-3)),
+        train_cfg=dict(by_epoch=True, max_epochs=num_epochs),
+        default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=1)),
+        default_scope='mmdet',
+        experiment_name=f'{work_dir.name}-{num_epochs}-{len(kwargs)}',
+        **kwargs,
+    )
+
+
+def statistics(state_dict):
+    return {key: t.clone() for key, t in state_dict.items() if 'running_whitening' in key}
+
+
+@pytest.mark.parametrize('after_epoch', [False, True])
+def test_calibrates_and_training_keeps_it(tmp_path, after_epoch):
+    """With norm_eval=True nothing but the hook moves the statistics, and what is saved is what it set."""
+    hook = dict(type='CECalibrationHook', num_batches=2, after_epoch=after_epoch)
+    run = runner(tmp_path, custom_hooks=[hook])
+    run.train()
+    final = statistics(run.model.state_dict())
+    eye = torch.eye(final['backbone.ce1.bd.running_whitening'].shape[-1])
+    assert not torch.allclose(final['backbone.ce1.bd.running_whitening'][0], eye)
+    saved = statistics(torch.load(tmp_path / 'epoch_1.pth')['state_dict'])
+    assert all(torch.equal(value, saved[key]) for key, value in final.items())
+
+    resumed = runner(tmp_path, num_epochs=2, custom_hooks=[hook], resume=True)
+    resumed.train()
+    kept = all(torch.equal(value, final[key]) for key, value in statistics(resumed.model.state_dict()).items())
+    assert kept != after_epoch
+
+
+def test_bad_argument():
+    with pytest.raises(ValueError, match='num_batches must be at least 1, got 0'):
+        HOOKS.build(dict(type='CECalibrationHook', num_batches=0))
+    assert CECalibrationHook().num_batches == 100
