@@ -20,4 +20,5 @@ setup(
     # On purpose without torch, mmengine, mmcv and mmdet: a dependency could replace the user's own build or fork of
     # them. mmdet_ce/environment.py checks what is installed when the package is imported.
     install_requires=[],
+    extras_require={'imagenet': ['mmpretrain>=1.2']},
 )

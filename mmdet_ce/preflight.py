@@ -95,12 +95,12 @@ def _damage(path: Any) -> Optional[str]:
 
 def _dataset_problems(dataset: dict, where: str) -> list[str]:
     """Check one dataset config: its root, its annotation file, its image folders."""
-    if 'ann_file' not in dataset or dataset.get('backend_args'):
+    if dataset.get('backend_args'):
         return []
     root = str(dataset.get('data_root') or '')
     if root and _is_missing(root):
         return [f'data root {root} does not exist ({where}.data_root); set it to the folder that holds the data set']
-    if '://' in root:
+    if '://' in root or 'ann_file' not in dataset:
         return []
     problems = []
     ann_file = Path(root) / str(dataset['ann_file'])

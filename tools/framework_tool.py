@@ -1,7 +1,8 @@
-"""Run a tool of the installed MMDetection after a look at the run's inputs."""
+"""Run a tool of the installed MMDetection, or MMPretrain where the config is of that, after a look at the inputs."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import pickle
 import runpy
@@ -13,7 +14,6 @@ from pathlib import Path
 warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
 os.environ.setdefault('PYTHONWARNINGS', 'ignore:pkg_resources is deprecated:UserWarning')
 
-import mmdet  # noqa: E402
 from mmengine.config import Config  # noqa: E402
 
 from mmdet_ce.checkpoint_io import refusal_reason  # noqa: E402
@@ -21,26 +21,47 @@ from mmdet_ce.loading import CheckpointMismatchError  # noqa: E402
 from mmdet_ce.preflight import find_problems  # noqa: E402
 
 
-def find_tool(name: str) -> Path:
+def framework_of(arguments: list[str]) -> str:
+    """Return the framework that the config on the command line belongs to: 'mmpretrain', else 'mmdet'.
+
+    Raises:
+        FileNotFoundError: If it inherits from mmpretrain, and that is not installed.
+    """
+    for path in (Path(a) for a in arguments if a.endswith('.py') and Path(a).is_file()):
+        try:
+            return 'mmpretrain' if Config.fromfile(path).get('default_scope') == 'mmpretrain' else 'mmdet'
+        except ModuleNotFoundError as error:
+            if 'mmpretrain' not in str(error):
+                raise
+            raise FileNotFoundError(
+                f'{path} trains with mmpretrain, which is not installed: pip install "mmpretrain>=1.2" (it needs the '
+                'torchvision that was built for your torch)'
+            ) from error
+    return 'mmdet'
+
+
+def find_tool(name: str, framework: str = 'mmdet') -> Path:
     """Return the installed framework's ``tools/<name>``: in its wheel, or in the clone it was installed from.
 
     Raises:
         FileNotFoundError: If the installed distribution came without tools.
     """
-    package = Path(mmdet.__file__).resolve().parent
+    module = importlib.import_module(framework)
+    package = Path(module.__file__).resolve().parent
     for tool in (package / '.mim' / 'tools' / name, package.parent / 'tools' / name):
         if tool.is_file():
             return tool
     raise FileNotFoundError(
-        f'the installed mmdet {mmdet.__version__} at {package} has no tools/{name}; install one that has, like the '
-        'mmdet 3.3.0 wheel or a clone of its repository (pip install -e)'
+        f'the installed {framework} {module.__version__} at {package} has no tools/{name}; install one that has, like '
+        'the wheel of mmdet 3.3.0 or mmpretrain 1.2.0, or a clone of its repository (pip install -e)'
     )
 
 
 def run(name: str) -> None:
     """Run the framework's ``tools/<name>`` ('train.py' or 'test.py') with this process's command line."""
     try:
-        tool = runpy.run_path(str(find_tool(name)), run_name=f'mmdet_{name}')
+        framework = framework_of(sys.argv[1:])
+        tool = runpy.run_path(str(find_tool(name, framework)), run_name=f'{framework}_{name}')
         args = tool['parse_args']()
         problems = check(args, name.removesuffix('.py'))
         if problems:

@@ -26,6 +26,7 @@ VENV = ROOT / '.venv'
 VENV_PYTHON = VENV / 'bin' / 'python'
 STAMP = VENV / '.mmdet_ce_ready'
 REQUIREMENTS = ROOT / 'requirements.txt'
+IMAGENET_REQUIREMENTS = ROOT / 'requirements-imagenet.txt'
 REQUIRED_PYTHON = (3, 11)
 
 # Two wheels of mmcv are interchangeable only if all of this agrees: the interpreter, the exact torch build, and
@@ -89,7 +90,7 @@ def check_machine() -> None:
 def fingerprint() -> str:
     """Identify the set-up: a change of the pins, of the metadata, of this file or of the folder asks for a new run."""
     digest = hashlib.sha256(str(ROOT).encode())
-    for path in (REQUIREMENTS, ROOT / 'setup.py', ROOT / 'pyproject.toml', Path(__file__)):
+    for path in (REQUIREMENTS, IMAGENET_REQUIREMENTS, ROOT / 'setup.py', ROOT / 'pyproject.toml', Path(__file__)):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -218,14 +219,18 @@ def main() -> None:
     start = time.monotonic()
     check_machine()
     create_venv()
-    say('1/4 torch and build tools')
+    say('1/5 torch and build tools')
     pip('install', '-c', str(REQUIREMENTS), *map(pinned, ('torch', 'setuptools', 'wheel', 'ninja', 'psutil')))
-    say('2/4 mmcv')
+    say('2/5 mmcv')
     pip('install', '--no-deps', str(mmcv_wheel()))
     # --no-deps: requirements.txt is the whole list, with opencv-python-headless, which needs no libGL on the machine.
-    say('3/4 mmengine, mmdet and the rest')
+    say('3/5 mmengine, mmdet and the rest')
     pip('install', '--no-deps', '-r', str(REQUIREMENTS))
-    say('4/4 mmdet_ce, editable')
+    say('4/5 mmpretrain, apart from the rest: only the ImageNet tests use it')
+    folder = VENV / 'imagenet'
+    shutil.rmtree(folder, ignore_errors=True)
+    pip('install', '--no-deps', '--target', str(folder), '-r', str(IMAGENET_REQUIREMENTS))
+    say('5/5 mmdet_ce, editable')
     pip('install', '--no-deps', '--no-build-isolation', '-e', str(ROOT))
     command = [str(VENV_PYTHON), '-W', 'ignore', '-c', CHECK_CODE]
     check = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)

@@ -12,7 +12,7 @@ from mmengine.config import Config
 
 from mmdet_ce import CEResNet
 
-CONFIGS = sorted((ROOT / 'configs').glob('*/*.py'))
+CONFIGS = sorted(path for path in (ROOT / 'configs').glob('*/*.py') if path.parent.name != 'imagenet')
 NAME = re.compile(r'[a-z0-9-]+_r\d+(-[a-z0-9]+)*_fpn_[a-z0-9-]+_(coco|shapes)')
 
 
