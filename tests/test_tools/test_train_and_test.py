@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import calibrate
 import mmdet
 import pytest
 import torch
@@ -18,6 +20,7 @@ from test_safe_globals import Calls
 pytestmark = pytest.mark.slow
 
 DEMO = ROOT / 'configs' / 'demo' / 'mask-rcnn_r18-ce_fpn_8e_shapes.py'
+PLAIN = ROOT / 'configs' / 'demo' / 'mask-rcnn_r18_fpn_8e_shapes.py'
 MMDET_TOOLS = Path(mmdet.__file__).parent / '.mim' / 'tools'
 SMALL = ['train_dataloader.num_workers=0', 'train_dataloader.persistent_workers=False']
 for _split in ('val', 'test'):
@@ -77,6 +80,49 @@ def test_resume_continues(trained, folder):
 def test_test_prints_map(trained, folder, tools):
     text = output(run(tools / 'test.py', DEMO, trained / 'epoch_1.pth', options=SMALL, cwd=folder))
     assert re.search(r'coco/bbox_mAP: \d\.\d+', text) and re.search(r'coco/segm_mAP: \d\.\d+', text)
+
+
+def test_calibrate_changes_statistics_only(trained, folder):
+    arguments = [DEMO, trained / 'epoch_1.pth', 'calibrated.pth', '--num-batches', 2]
+    text = output(run(ROOT / 'tools' / 'calibrate.py', *arguments, options=SMALL, cwd=folder))
+    assert 'calibrated.pth: CE statistics from 2 batches' in text
+    before, after = (torch.load(path) for path in (trained / 'epoch_1.pth', folder / 'calibrated.pth'))
+    assert before.keys() == after.keys() and before['state_dict'].keys() == after['state_dict'].keys()
+    changed = {key for key, t in before['state_dict'].items() if not torch.equal(t, after['state_dict'][key])}
+    expected = {'bd.running_mean', 'bd.running_whitening', 'ir.running_scale'}
+    assert changed and all(any(key.endswith(name) for name in expected) for key in changed)
+    output(run(ROOT / 'tools' / 'test.py', DEMO, 'calibrated.pth', options=SMALL, cwd=folder))
+
+
+@pytest.mark.parametrize('content', ['missing', 'hostile', 'truncated', 'another network'])
+def test_calibrate_refuses(content, trained, folder, tmp_path, monkeypatch):
+    path, marker = tmp_path / 'a.pth', tmp_path / 'marker'
+    if content == 'hostile':
+        torch.save({'state_dict': {}, 'payload': Calls(os.system, f'touch {marker}')}, path)
+    elif content == 'truncated':
+        path.write_bytes((trained / 'epoch_1.pth').read_bytes()[:100_000])
+    elif content == 'another network':
+        torch.save({'state_dict': {'patch_embed.weight': torch.zeros(1)}}, path)
+    monkeypatch.chdir(folder)
+    argv = ['calibrate.py', DEMO, path, tmp_path / 'out.pth', '--cfg-options', *SMALL]
+    monkeypatch.setattr(sys, 'argv', list(map(str, argv)))
+    with pytest.raises(SystemExit, match='^error: [^\n]+$'):
+        calibrate.main()
+    assert not (tmp_path / 'out.pth').exists() and not marker.exists()
+
+
+def test_compare_seeds(folder):
+    options = [*SMALL, 'train_cfg.max_epochs=1', 'train_cfg.val_interval=1', 'train_dataloader.batch_size=4']
+    arguments = ['--run', 'plain', PLAIN, 'model.backbone.depth=18', '--seeds', 0]
+    command = [ROOT / 'tools' / 'compare_seeds.py', *arguments, '--out-dir', 'comparison']
+    text = output(run(*command, options=options, cwd=folder))
+    assert 'plain, seed 0: ' in text and 'bbox_mAP' in text
+    results = json.loads((folder / 'comparison' / 'results.json').read_text())
+    assert list(results['runs']) == ['plain'] and len(results['runs']['plain']) == 1
+    assert (folder / 'comparison' / 'comparison.png').stat().st_size > 5_000
+    trained = (folder / 'comparison' / 'plain' / 'seed_0' / 'output.txt').stat().st_mtime
+    output(run(*command, options=options, cwd=folder))
+    assert (folder / 'comparison' / 'plain' / 'seed_0' / 'output.txt').stat().st_mtime == trained, 'done, not run again'
 
 
 def test_demo_draws_detections(trained, folder, monkeypatch):
