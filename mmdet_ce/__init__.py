@@ -9,11 +9,19 @@ from .version import __version__
 
 check_environment()
 
-from .backbones import CEResNet  # noqa: E402
+from .backbones import CEMobileNetV2, CEResNet, CEResNetV1d, CEResNeXt  # noqa: E402
 from .hooks import CECalibrationHook  # noqa: E402
 from .layers import ChannelEquilibrium  # noqa: E402
 from .safe_globals import register_safe_globals  # noqa: E402
 
 register_safe_globals()
 
-__all__ = ['CECalibrationHook', 'CEResNet', 'ChannelEquilibrium', '__version__']
+__all__ = [
+    'CECalibrationHook',
+    'CEMobileNetV2',
+    'CEResNeXt',
+    'CEResNet',
+    'CEResNetV1d',
+    'ChannelEquilibrium',
+    '__version__',
+]

@@ -51,8 +51,9 @@ def summarize_load(backbone: nn.Module, state_dict: Mapping[str, Tensor], prefix
         reshaped = [key for key in plain if key in given and key not in loaded]
         raise CheckpointMismatchError(
             f'only {loaded_plain} of {len(plain)} tensors of {name} (CE aside) are in this checkpoint'
-            f'{f" in their shape ({reshaped[0]} has another)" if reshaped else ""}; it holds names like '
-            f'{[*state_dict][:2]}. {_advice(state_dict, plain, prefix)}'
+            f'{f" in their shape ({reshaped[0]} has another)" if reshaped else ""}; it holds '
+            f'{f"names like {[*state_dict][:2]}" if state_dict else f"no name that begins with {prefix!r}"}. '
+            f'{_advice(state_dict, plain, prefix)}'
         )
     blocks = [key for key in given if RESIDUAL_STAGE.match(key)]
     surplus = [key for key in blocks if key in unexpected]

@@ -11,7 +11,7 @@ from mmengine.config import Config
 
 from .loading import missing_weights_message
 
-CE_TYPES = ('CEResNet', 'ChannelEquilibrium')
+CE_TYPES = ('CEMobileNetV2', 'CEResNeXt', 'CEResNet', 'CEResNetV1d', 'ChannelEquilibrium')
 CUSTOM_IMPORTS = "custom_imports = dict(imports=['mmdet_ce'], allow_failed_imports=False)"
 
 

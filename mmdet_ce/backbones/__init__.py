@@ -1,5 +1,7 @@
-"""Backbones registered in ``mmdet.registry.MODELS``."""
+"""Backbones with Channel Equilibrium."""
 
-from .ce_resnet import CEBasicBlock, CEBottleneck, CEResNet
+from .ce_mobilenet_v2 import CEMobileNetV2
+from .ce_resnet import CEResNet, CEResNetV1d
+from .ce_resnext import CEResNeXt
 
-__all__ = ['CEBasicBlock', 'CEBottleneck', 'CEResNet']
+__all__ = ['CEMobileNetV2', 'CEResNeXt', 'CEResNet', 'CEResNetV1d']

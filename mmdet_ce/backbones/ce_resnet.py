@@ -2,47 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, Optional
 
-import torch
 from mmdet.models.backbones.resnet import BasicBlock, Bottleneck, ResNet
 from mmdet.registry import MODELS
-from mmengine.logging import print_log
-from mmengine.model import BaseModule
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from ..layers import ChannelEquilibrium
-from ..loading import missing_weights_message, summarize_load
-
-
-def build_ce(ce_cfg: dict, in_channels: int) -> ChannelEquilibrium:
-    """Build the CE layer of a slot from ``ce_cfg``; its type, if given, names a subclass of ChannelEquilibrium."""
-    return MODELS.build({'type': ChannelEquilibrium, **ce_cfg, 'in_channels': in_channels})
-
-
-def norm_ce(norm: nn.Module, ce: Optional[ChannelEquilibrium], x: Tensor) -> Tensor:
-    """Return CE(norm(x)), or norm(x) where there is no CE.
-
-    A BatchNorm in evaluation is an affine map, and CE takes it into its own product: one pass over x instead of two.
-    Where somebody has hooked either module, both are called in turn, so that the hooks see what they expect.
-    """
-    if ce is None:
-        return norm(x)
-    # Exactly these classes: a subclass may compute something else.
-    foldable = type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) and type(ce) is ChannelEquilibrium
-    if foldable and not norm.training and norm.track_running_stats and not _has_hooks(norm) and not _has_hooks(ce):
-        return ce(x, norm)
-    return ce(norm(x))
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+from .ce_backbone import CEBackbone, build_ce, norm_ce, run_block
 
 
 class CEBasicBlock(BasicBlock):
@@ -68,7 +35,7 @@ class CEBasicBlock(BasicBlock):
             out += identity
             return out
 
-        return self.relu(_run(self, _inner_forward, x))
+        return self.relu(run_block(self, _inner_forward, x))
 
 
 class CEBottleneck(Bottleneck):
@@ -77,12 +44,15 @@ class CEBottleneck(Bottleneck):
     Args:
         *args: See mmdet's Bottleneck.
         ce: Arguments of the block's ChannelEquilibrium, or None for a plain block.
+        ce_position: 'after_norm3', or 'after_norm2' for the place before the second ReLU.
         **kwargs: See mmdet's Bottleneck.
     """
 
-    def __init__(self, *args: Any, ce: Optional[dict] = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, ce: Optional[dict] = None, ce_position: str = 'after_norm3', **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.ce = None if ce is None else build_ce(ce, self.conv3.out_channels)
+        self.ce_position = ce_position
+        conv = self.conv3 if ce_position == 'after_norm3' else self.conv2
+        self.ce = None if ce is None else build_ce(ce, conv.out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """Forward function."""
@@ -91,28 +61,24 @@ class CEBottleneck(Bottleneck):
             out = self.relu(self.norm1(self.conv1(x)))
             if self.with_plugins:
                 out = self.forward_plugin(out, self.after_conv1_plugin_names)
-            out = self.relu(self.norm2(self.conv2(out)))
+            out = self.relu(norm_ce(self.norm2, self._ce_at('after_norm2'), self.conv2(out)))
             if self.with_plugins:
                 out = self.forward_plugin(out, self.after_conv2_plugin_names)
-            out = norm_ce(self.norm3, self.ce, self.conv3(out))
+            out = norm_ce(self.norm3, self._ce_at('after_norm3'), self.conv3(out))
             if self.with_plugins:
                 out = self.forward_plugin(out, self.after_conv3_plugin_names)
             identity = x if self.downsample is None else self.downsample(x)
             out += identity
             return out
 
-        return self.relu(_run(self, _inner_forward, x))
+        return self.relu(run_block(self, _inner_forward, x))
 
-
-def _run(block: BaseModule, inner_forward: Any, x: Tensor) -> Tensor:
-    """Run a block's inner forward, under activation checkpointing if the block asks for it."""
-    if block.with_cp and x.requires_grad:
-        return checkpoint(inner_forward, x, use_reentrant=False)
-    return inner_forward(x)
+    def _ce_at(self, position: str) -> Optional[nn.Module]:
+        return self.ce if self.ce_position == position else None
 
 
 @MODELS.register_module()
-class CEResNet(ResNet):
+class CEResNet(CEBackbone, ResNet):
     """mmdet's ResNet with Channel Equilibrium.
 
     By default CE sits where the released network has it: in the stem (``ce1``, between norm and ReLU) and in every
@@ -131,16 +97,19 @@ class CEResNet(ResNet):
         stage_with_ce: For each stage, whether its blocks have CE. Defaults to the first three stages.
         stem_with_ce: Whether the stem has CE.
         stem_ce_cfg: What the stem's CE has different from ``ce_cfg``.
+        ce_position: Where in a bottleneck CE sits: 'after_norm3', or 'after_norm2', before the second ReLU, which the
+            paper studies too.
         ce_eval: Whether CE stays in evaluation while the network trains. None follows ``norm_eval``; False lets CE use
             and update the batch's statistics beside a frozen norm. Frozen stages stay in evaluation in any case.
         zero_init_residual: Whether to zero the last norm of each block where weights are initialized at random. None
-            zeroes it in blocks without CE only, as the released network has it: CE is invariant to its input's scale
+            zeroes it where no CE follows it, as the released network has it: CE is invariant to its input's scale
             in one branch, so a small gamma before it does not make a small residual.
         **kwargs: See mmdet's ResNet.
 
     Raises:
         KeyError: If ``depth`` is none of the above.
-        ValueError: If ``stage_with_ce`` does not have one value for each stage, or a CE argument is out of range.
+        ValueError: If ``stage_with_ce`` does not have one value for each stage, ``ce_position`` is none of the above
+            or the network has no bottlenecks for it, or a CE argument is out of range.
 
     Example:
         >>> import torch
@@ -171,6 +140,7 @@ class CEResNet(ResNet):
         stage_with_ce: Optional[Sequence[bool]] = None,
         stem_with_ce: bool = True,
         stem_ce_cfg: Optional[dict] = dict(num_channels=64),
+        ce_position: str = 'after_norm3',
         ce_eval: Optional[bool] = None,
         zero_init_residual: Optional[bool] = None,
         **kwargs: Any,
@@ -184,14 +154,16 @@ class CEResNet(ResNet):
                 f'stage_with_ce needs one value for each of the {num_stages} stages, got {len(stage_with_ce)}: '
                 f'{tuple(stage_with_ce)}'
             )
+        if ce_position not in ('after_norm3', 'after_norm2'):
+            raise ValueError(f"ce_position must be 'after_norm3' or 'after_norm2', got {ce_position!r}")
+        if ce_position == 'after_norm2' and not issubclass(self.arch_settings[depth][0], Bottleneck):
+            raise ValueError(f"ce_position='after_norm2' needs bottlenecks, and depth {depth} has none; leave it out")
         # Set before ResNet's constructor, which calls the methods below.
         self.ce_cfg = ce_cfg
         self.stage_with_ce = tuple(stage_with_ce) if ce_cfg is not None else (False,) * num_stages
         self.stem_ce_cfg = {**ce_cfg, **(stem_ce_cfg or {})} if ce_cfg is not None and stem_with_ce else None
-        self.ce_eval = ce_eval
+        self.ce_position = ce_position
         self._random_init = kwargs.get('init_cfg') is None and kwargs.get('pretrained') is None
-        self._statistics_checked = False
-        self._reported: set[str] = set()
         super().__init__(
             depth,
             in_channels,
@@ -199,6 +171,7 @@ class CEResNet(ResNet):
             base_channels,
             num_stages,
             *args,
+            ce_eval=ce_eval,
             zero_init_residual=zero_init_residual,
             **kwargs,
         )
@@ -206,11 +179,15 @@ class CEResNet(ResNet):
     def make_res_layer(self, **kwargs: Any) -> nn.Module:
         """Pack all blocks of the next stage, with or without CE, into a ``ResLayer``."""
         ce = self.ce_cfg if self.stage_with_ce[len(self.res_layers)] else None
-        zero_init = ce is None if self.zero_init_residual is None else self.zero_init_residual
+        zero_init = self.zero_init_residual
+        if zero_init is None:
+            zero_init = ce is None or self.ce_position != 'after_norm3'
         if self._random_init and zero_init:
             # ResNet does this for its own block classes only.
             last_norm = 'norm3' if issubclass(self.block, Bottleneck) else 'norm2'
             kwargs['init_cfg'] = dict(type='Constant', val=0, override=dict(name=last_norm))
+        if issubclass(self.block, Bottleneck):
+            kwargs['ce_position'] = self.ce_position
         return super().make_res_layer(ce=ce, **kwargs)
 
     def _make_stem_layer(self, in_channels: int, stem_channels: int) -> None:
@@ -219,8 +196,7 @@ class CEResNet(ResNet):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return the feature maps of ``out_indices`` for images (N, 3, H, W)."""
-        if not self._statistics_checked and not torch.compiler.is_compiling():
-            self._check_statistics()
+        self.check_statistics()
         if not self.deep_stem:
             x = self.relu(norm_ce(self.norm1, self.ce1, self.conv1(x)))
         elif self.ce1 is None:
@@ -238,52 +214,20 @@ class CEResNet(ResNet):
                 outs.append(x)
         return tuple(outs)
 
-    def train(self, mode: bool = True) -> CEResNet:
-        """Set the mode, while frozen stages, and norms and CE that are told so, stay in evaluation."""
-        super().train(mode)
-        self._statistics_checked = False
-        if mode and (self.norm_eval if self.ce_eval is None else self.ce_eval):
-            for _, ce in self.named_ce():
-                ce.eval()
-        return self
-
     def _freeze_stages(self) -> None:
         super()._freeze_stages()
         if self.frozen_stages >= 0 and self.ce1 is not None:
             self.ce1.eval()
             self.ce1.requires_grad_(False)
 
-    def init_weights(self) -> None:
-        """Initialize the weights; name the way to pretrained ones that are not there."""
-        for cfg in self.init_cfg if isinstance(self.init_cfg, (list, tuple)) else [self.init_cfg or {}]:
-            path = str(cfg.get('checkpoint') or '')
-            if path and '://' not in path and not Path(path).is_file():
-                raise FileNotFoundError(missing_weights_message(path))
-        super().init_weights()
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        # Here every way of loading passes: torch's, and mmengine's, which does not call load_state_dict.
-        print_log(summarize_load(self, state_dict, prefix), logger='current')
-        super()._load_from_state_dict(state_dict, prefix, *args)
+@MODELS.register_module()
+class CEResNetV1d(CEResNet):
+    """mmdet's ResNetV1d with Channel Equilibrium: a deep stem, CE after its last norm, and average-pooled shortcuts.
 
-    def named_ce(self) -> Iterator[tuple[str, ChannelEquilibrium]]:
-        """Iterate over the backbone's CE layers and their names."""
-        return ((name, m) for name, m in self.named_modules() if isinstance(m, ChannelEquilibrium))
+    Args:
+        **kwargs: See CEResNet.
+    """
 
-    def _check_statistics(self) -> None:
-        """Warn, once for each layer, if a CE is evaluated with statistics that no data ever updated."""
-        self._statistics_checked = True
-        unset = [
-            name
-            for name, ce in self.named_ce()
-            if not ce.training and name not in self._reported and ce.lacks_statistics and not ce.is_identity
-        ]
-        if unset:
-            self._reported.update(unset)
-            warnings.warn(
-                f'{len(unset)} CE layers are in evaluation with statistics that no data ever updated: '
-                f'{", ".join(unset)}. Load a checkpoint trained with CE (init_cfg or load_from), or let CE see data: '
-                'train with norm_eval=False, or ce_eval=False beside a frozen norm, and with no frozen stage that has '
-                'such a layer (frozen_stages=-1).',
-                stacklevel=2,
-            )
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(deep_stem=True, avg_down=True, **kwargs)

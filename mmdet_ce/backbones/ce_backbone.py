@@ -1,0 +1,114 @@
+"""What every backbone with Channel Equilibrium has in common: building, folding, modes, loading, warnings."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Callable, Optional
+
+import torch
+from mmdet.registry import MODELS
+from mmengine.logging import print_log
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..layers import ChannelEquilibrium
+from ..loading import missing_weights_message, summarize_load
+
+
+def build_ce(ce_cfg: dict, in_channels: int) -> ChannelEquilibrium:
+    """Build the CE layer of a slot from ``ce_cfg``; its type, if given, names a subclass of ChannelEquilibrium."""
+    return MODELS.build({'type': ChannelEquilibrium, **ce_cfg, 'in_channels': in_channels})
+
+
+def norm_ce(norm: nn.Module, ce: Optional[ChannelEquilibrium], x: Tensor) -> Tensor:
+    """Return CE(norm(x)), or norm(x) where there is no CE.
+
+    A BatchNorm in evaluation is an affine map, and CE takes it into its own product: one pass over x instead of two.
+    Where somebody has hooked either module, both are called in turn, so that the hooks see what they expect.
+    """
+    if ce is None:
+        return norm(x)
+    # Exactly these classes: a subclass may compute something else.
+    foldable = type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) and type(ce) is ChannelEquilibrium
+    if foldable and not norm.training and norm.track_running_stats and not _has_hooks(norm) and not _has_hooks(ce):
+        return ce(x, norm)
+    return ce(norm(x))
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def run_block(block: BaseModule, inner_forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Run a block's inner forward, under activation checkpointing if the block asks for it."""
+    if block.with_cp and x.requires_grad:
+        return checkpoint(inner_forward, x, use_reentrant=False)
+    return inner_forward(x)
+
+
+class CEBackbone(BaseModule):
+    """Mixin for a backbone of mmdet, named before it among the bases; the backbone sets ``norm_eval``.
+
+    Args:
+        ce_eval: Whether CE stays in evaluation while the network trains; None follows ``norm_eval``.
+        *args: The backbone's own.
+        **kwargs: The backbone's own.
+    """
+
+    def __init__(self, *args: Any, ce_eval: Optional[bool] = None, **kwargs: Any) -> None:
+        # Set before the backbone's constructor, which calls train() on the way.
+        self.ce_eval = ce_eval
+        self._statistics_checked = False
+        self._reported: set[str] = set()
+        super().__init__(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> CEBackbone:
+        """Set the mode, while frozen stages, and norms and CE that are told so, stay in evaluation."""
+        super().train(mode)
+        self._statistics_checked = False
+        if mode and (self.norm_eval if self.ce_eval is None else self.ce_eval):
+            for _, ce in self.named_ce():
+                ce.eval()
+        return self
+
+    def init_weights(self) -> None:
+        """Initialize the weights; name the way to pretrained ones that are not there."""
+        for cfg in self.init_cfg if isinstance(self.init_cfg, (list, tuple)) else [self.init_cfg or {}]:
+            path = str(cfg.get('checkpoint') or '')
+            if path and '://' not in path and not Path(path).is_file():
+                raise FileNotFoundError(missing_weights_message(path))
+        super().init_weights()
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        # Here every way of loading passes: torch's, and mmengine's, which does not call load_state_dict.
+        print_log(summarize_load(self, state_dict, prefix), logger='current')
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def named_ce(self) -> Iterator[tuple[str, ChannelEquilibrium]]:
+        """Iterate over the backbone's CE layers and their names."""
+        return ((name, m) for name, m in self.named_modules() if isinstance(m, ChannelEquilibrium))
+
+    def check_statistics(self) -> None:
+        """Warn, once for each layer, if a CE is evaluated with statistics that no data ever updated."""
+        if self._statistics_checked or torch.compiler.is_compiling():
+            return
+        self._statistics_checked = True
+        unset = [
+            name
+            for name, ce in self.named_ce()
+            if not ce.training and name not in self._reported and ce.lacks_statistics and not ce.is_identity
+        ]
+        if unset:
+            self._reported.update(unset)
+            warnings.warn(
+                f'{len(unset)} CE layers are in evaluation with statistics that no data ever updated: '
+                f'{", ".join(unset)}. Load a checkpoint trained with CE (init_cfg or load_from), or let CE see data: '
+                'train with norm_eval=False, or ce_eval=False beside a frozen norm, and with no frozen stage that has '
+                'such a layer (frozen_stages=-1).',
+                stacklevel=2,
+            )
