@@ -1,0 +1,10 @@
+_base_ = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
+custom_imports = dict(imports=['mmdet_ce'], allow_failed_imports=False)
+# Weights: OpenMMLab's plain MobileNetV2. CE starts as the identity and grows in.
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='CEMobileNetV2',
+        ce_cfg=dict(num_channels=16, identity_start=True),
+        init_cfg=dict(type='Pretrained', checkpoint='open-mmlab://mmdet/mobilenet_v2')),
+    neck=dict(in_channels=[24, 32, 96, 1280]))

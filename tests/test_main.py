@@ -1,0 +1,63 @@
+"""``python -m mmdet_ce``, and the configs of an installed, not editable, package."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from mmdet_ce.__main__ import config_names, copy_config
+
+
+def run(*arguments, **kwargs):
+    command = [sys.executable, '-W', 'ignore', '-m', 'mmdet_ce', *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, **kwargs)
+
+
+def test_copies_a_config_with_its_bases(tmp_path):
+    copies = copy_config('mask-rcnn_r50-ce_fpn_amp-1x_coco', tmp_path / 'new')
+    assert [path.name for path in copies] == ['mask-rcnn_r50-ce_fpn_amp-1x_coco.py', 'mask-rcnn_r50-ce_fpn_1x_coco.py']
+    with pytest.raises(FileExistsError, match='exists already'):
+        copy_config('ce/mask-rcnn_r50-ce_fpn_1x_coco', tmp_path / 'new')
+    with pytest.raises(FileNotFoundError, match='no config named none'):
+        copy_config('none', tmp_path)
+
+
+@pytest.mark.slow
+def test_environment_and_errors():
+    text = run('env').stdout
+    assert 'mmdet_ce: ' in text and 'PyTorch: ' in text and 'MMDetection: ' in text
+    result = run('copy', 'none')
+    assert result.returncode == 1 and result.stderr.strip() == (
+        'error: no config named none; python -m mmdet_ce configs lists them'
+    )
+
+
+@pytest.mark.slow
+def test_installed_package_has_every_config(tmp_path):
+    """Installed from a copy of the repository into a folder of its own; every config is built from there."""
+    command = [sys.executable, '-m', 'pip', 'install', '-q', '--no-deps', '--no-build-isolation', '--target']
+    source = tmp_path / 'source'  # a build leaves its folders where it runs
+    skip = shutil.ignore_patterns('.venv', '.git', 'data', 'work_dirs', 'tests', '*.egg-info', '__pycache__')
+    shutil.copytree(ROOT, source, ignore=skip)
+    subprocess.run([*command, tmp_path / 'site', source], check=True)
+    env = {**os.environ, 'PYTHONPATH': str(tmp_path / 'site')}
+    listed = run('configs', cwd=tmp_path, env=env).stdout.splitlines()
+    assert listed[:-1] == config_names() and listed[-1] == f'(in {tmp_path / "site" / "mmdet_ce" / "configs"})'
+    code = (
+        'import sys, mmdet_ce.__main__ as m; from mmengine.config import Config\n'
+        'from mmdet.utils import register_all_modules; register_all_modules()\n'
+        'from mmdet.registry import MODELS\n'
+        "paths = [p for p in m.CONFIGS.glob('*/*.py') if p.parent.name != 'imagenet']\n"
+        'for path in paths: MODELS.build(Config.fromfile(path).model)\n'
+        'print(len(paths), m.CONFIGS)'
+    )
+    result = subprocess.run(
+        [sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, cwd=tmp_path, env=env
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.splitlines()[-1].endswith(str(tmp_path / 'site' / 'mmdet_ce' / 'configs'))
