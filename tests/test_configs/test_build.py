@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,6 +61,31 @@ def test_config_trains_one_iteration(path):
     for name, layer in dict(getattr(model.backbone, 'named_ce', dict)()).items():
         growing = f'backbone.{name}.{"alpha" if layer.alpha is not None else "theta"}'
         assert growing in changed or growing not in before, f'{growing} did not move'
+
+
+def test_model_index_lists_every_coco_config():
+    """As mim and the framework's tools read it, through modelindex where set-up put that."""
+    import subprocess
+    import sys
+
+    import yaml
+
+    (imported,) = yaml.safe_load((ROOT / 'model-index.yml').read_text())['Import']
+    models = yaml.safe_load((ROOT / imported).read_text())['Models']
+    configs = sorted(str(path.relative_to(ROOT)) for path in (ROOT / 'configs' / 'ce').glob('*.py'))
+    assert [model['Config'] for model in models] == configs
+    for model in models:
+        assert model['Name'] == Path(model['Config']).stem
+        assert model['Metadata']['Epochs'] == Config.fromfile(ROOT / model['Config']).train_cfg.max_epochs
+    extra = ROOT / '.venv' / 'imagenet'
+    if not extra.is_dir():
+        pytest.skip('modelindex is not set up (make setup); the rest was checked')
+    code = 'from modelindex.load_model_index import load; index = load("model-index.yml")\n'
+    code += 'index.build_models_with_collections(); print(len(index.models))'
+    result = subprocess.run(
+        [sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT, env={'PYTHONPATH': str(extra)}
+    )
+    assert result.stdout.strip() == str(len(configs)), result.stderr
 
 
 def test_coco_configs_are_a_few_lines():
