@@ -12,6 +12,7 @@ from mmdet.models import ResNet
 from mmdet.registry import MODELS
 from mmdet.testing import demo_mm_inputs
 from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 
 from mmdet_ce.backbones.ce_backbone import CEBackbone
@@ -42,7 +43,7 @@ def test_config_builds_anywhere(path, tmp_path, monkeypatch):
 def test_config_trains_one_iteration(path):
     """Forward, loss, backward and a step of the config's own optimizer wrapper, on one small image."""
     cfg = Config.fromfile(path)
-    model = MODELS.build(cfg.model).train()
+    model = revert_sync_batchnorm(MODELS.build(cfg.model)).train()  # as mmengine does outside distributed training
     model.init_cfg = model.backbone.init_cfg = None
     amp = cfg.optim_wrapper.type == 'AmpOptimWrapper'
     if amp:  # mmengine refuses it on a CPU; the same autocast without its wrapper
