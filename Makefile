@@ -13,6 +13,7 @@ demo: setup
 	@.venv/bin/python -W ignore tools/demo.py
 
 test: setup lint
+	@.venv/bin/python tools/setup_env.py --imagenet
 	@.venv/bin/python -m pytest
 
 lint: setup

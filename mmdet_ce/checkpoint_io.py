@@ -57,7 +57,7 @@ def write_checkpoint(checkpoint: Any, path: str | Path) -> None:
     Raises:
         CheckpointFileError: If it could not be written; what was at ``path`` before is then untouched.
     """
-    path = Path(path)
+    path = Path(path).resolve()  # a link stays a link
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +70,7 @@ def write_checkpoint(checkpoint: Any, path: str | Path) -> None:
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # a temporary file is its owner's alone
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+    except (OSError, RuntimeError, pickle.PicklingError) as error:  # torch reports a full disk as a RuntimeError
         cause = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
         raise CheckpointFileError(f'{path} could not be written ({cause}); nothing was left there') from error
     finally:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from .layers import ChannelEquilibrium
 
-# Of the tensors that are not CE's; a few may differ with reason (in_channels, deformable convolutions, plugins).
-LEAST_LOADED = 0.75
-RESIDUAL_STAGE = re.compile(r'layer\d+\.\d+\.')
+# Of the backbone's plain tensors; some may differ with reason (the stem, in_channels, deformable convolutions).
+LEAST_LOADED = 2 / 3
+# What mmdet's ResNets and MobileNetV2 are made of, plugins and CE aside
+PLAIN = re.compile(r'(layer(?P<stage>\d+)\.(?P<block>\d+)\.)?(conv\d|[bgl]n\d|downsample|stem|\w+_conv)\.')
+CE_LEAF = re.compile(r'\.?(alpha|theta|bd\.running_\w+|ir\.\w+\.?\w*)$')
 
 
 class CheckpointMismatchError(ValueError):
@@ -31,19 +33,16 @@ def summarize_load(backbone: nn.Module, state_dict: Mapping[str, Tensor], prefix
         One line: tensors loaded, CE tensors missing, unexpected tensors, and what that means.
 
     Raises:
-        CheckpointMismatchError: If less than three quarters of the backbone's plain tensors are there in their shape,
-            or more than a quarter of the residual blocks' tensors in the file have no place.
+        CheckpointMismatchError: If less than two thirds of the backbone's plain tensors are there in their shape, a stage has
+            another number of blocks in the file, or more than a quarter of the file's plain tensors have no place.
     """
-    own = {key: t for key, t in backbone.state_dict().items() if not key.endswith('num_batches_tracked')}
-    given = {key[len(prefix) :]: t for key, t in state_dict.items() if key.startswith(prefix)}
-    given = {key: t for key, t in given.items() if not key.endswith('num_batches_tracked')}
+    own = _tensors(backbone.state_dict(), '')
+    given = _tensors(state_dict, prefix)
     layers = {name: m for name, m in backbone.named_modules() if isinstance(m, ChannelEquilibrium)}
-    is_ce = {key: any(key.startswith(f'{name}.') for name in layers) for key in own}
-
+    ce = [key for key in own if key.startswith(tuple(f'{name}.' for name in layers))]
+    plain = [key for key in own if key not in ce and PLAIN.match(key)]
     loaded = {key for key, t in own.items() if key in given and given[key].shape == t.shape}
-    plain, ce = [key for key in own if not is_ce[key]], [key for key in own if is_ce[key]]
     unexpected = [key for key in given if key not in own]
-    classifier = [key for key in unexpected if key.startswith(('fc.', 'head.'))]
 
     name = f'{type(backbone).__name__}-{backbone.depth}' if hasattr(backbone, 'depth') else type(backbone).__name__
     loaded_plain = sum(key in loaded for key in plain)
@@ -55,46 +54,77 @@ def summarize_load(backbone: nn.Module, state_dict: Mapping[str, Tensor], prefix
             f'{f"names like {[*state_dict][:2]}" if state_dict else f"no name that begins with {prefix!r}"}. '
             f'{_advice(state_dict, plain, prefix)}'
         )
-    blocks = [key for key in given if RESIDUAL_STAGE.match(key)]
-    surplus = [key for key in blocks if key in unexpected]
-    if len(surplus) > (1 - LEAST_LOADED) * len(blocks):
+    blocks, given_blocks = _num_blocks(own), _num_blocks(given)
+    for stage in sorted(blocks.keys() & given_blocks.keys()):
+        if blocks[stage] != given_blocks[stage]:
+            raise CheckpointMismatchError(
+                f'layer{stage} has {given_blocks[stage]} blocks in this checkpoint and {blocks[stage]} in {name}. '
+                f'{_advice(state_dict, plain, prefix)}'
+            )
+    # A plain tensor without a place is one of another architecture, or of a stage that this backbone does without.
+    given_plain = [key for key in given if (m := PLAIN.match(key)) and (not m['stage'] or m['stage'] in blocks)]
+    surplus = [key for key in given_plain if key not in own]
+    if len(surplus) > 0.25 * len(given_plain):
         raise CheckpointMismatchError(
             f'{len(surplus)} tensors of this checkpoint, like {surplus[0]}, have no place in {name}. '
             f'{_advice(state_dict, plain, prefix)}'
         )
+    if any('.AR.fc.' in key for key in unexpected):
+        advice = _advice(given, plain, prefix)
+        raise CheckpointMismatchError(f'the CE tensors of this checkpoint have no place. {advice}')
 
     missing_ce = len(ce) - sum(key in loaded for key in ce)
-    unexpected_text = f'{len(unexpected)} unexpected'
+    text = f'{len(unexpected)} unexpected'
     if unexpected:
-        unexpected_text += f' ({"the classifier" if len(classifier) == len(unexpected) else unexpected[0] + ", ..."})'
+        classifier = all(key.startswith(('fc.', 'head.')) for key in unexpected)
+        text += ' (the classifier)' if classifier else f' ({unexpected[0]}, ...)'
+    lost_ce = any(CE_LEAF.search(key) for key in unexpected)
     return (
         f'{name}: {len(loaded)} of {len(own)} tensors loaded, {missing_ce} of {len(ce)} CE tensors missing, '
-        f'{unexpected_text}: {_meaning(layers, len(ce), missing_ce)}'
+        f'{text}: {_meaning(layers, len(ce), missing_ce, lost_ce)}'
     )
 
 
-def _meaning(layers: Mapping[str, ChannelEquilibrium], num_ce: int, num_missing: int) -> str:
-    if not num_ce:
-        return 'a backbone without CE.'
-    if not num_missing:
-        return 'CE is loaded with its statistics.'
-    if num_missing < num_ce:
+def _tensors(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors under ``prefix``, without it; counters of batches aside."""
+    return {
+        str(key)[len(prefix) :]: t
+        for key, t in state_dict.items()
+        if isinstance(t, Tensor) and str(key).startswith(prefix) and not str(key).endswith('num_batches_tracked')
+    }
+
+
+def _num_blocks(keys: Iterable[str]) -> dict[str, int]:
+    """Return the number of blocks of each stage that ``keys`` name."""
+    matches = [match for match in map(PLAIN.match, keys) if match and match['stage']]
+    return {stage: len({m['block'] for m in matches if m['stage'] == stage}) for stage in {m['stage'] for m in matches}}
+
+
+def _meaning(layers: Mapping[str, ChannelEquilibrium], num_ce: int, num_missing: int, lost_ce: bool) -> str:
+    if num_missing == num_ce and not lost_ce:
+        if all(layer.alpha is not None for layer in layers.values()):
+            return 'plain weights; CE starts as the identity and grows in.'
+        return (
+            'plain weights under an untrained CE, which disturbs every block that has it; use weights trained with CE, '
+            'or ce_cfg=dict(num_channels=16, identity_start=True).'
+        )
+    if num_missing or lost_ce:
         return (
             'CE is loaded in part; the weights come from another arrangement of CE (stage_with_ce, stem_with_ce, '
-            'identity_start), and the rest starts untrained.'
+            'identity_start): what is missing starts untrained, what is unexpected is lost.'
         )
-    if all(layer.alpha is not None for layer in layers.values()):
-        return 'plain weights; CE starts as the identity and grows in.'
-    return (
-        'plain weights under an untrained CE, which disturbs every block that has it; use weights trained with CE, or '
-        'ce_cfg=dict(num_channels=16, identity_start=True).'
-    )
+    return 'CE is loaded with its statistics.'
 
 
 def _advice(state_dict: Mapping[str, Tensor], plain: list[str], prefix: str) -> str:
     """Say what the names in a checkpoint hint at."""
-    if any('.AR.fc.' in key for key in state_dict):
+    if any('.AR.fc.' in str(key) for key in state_dict):
         return "It is in the authors' layout: convert it with tools/model_converters/official_to_mmdet_ce.py."
+    if prefix and not state_dict:
+        return (
+            "Expected a checkpoint of the whole detector; one of a backbone alone belongs in the backbone's "
+            "init_cfg=dict(type='Pretrained', checkpoint=FILE)."
+        )
     for other in ('backbone.', 'module.', 'module.backbone.', 'model.', 'encoder.'):
         if other != prefix and any(other + key in state_dict for key in plain):
             return f"Its names begin with '{other}': add prefix='{other}' to init_cfg=dict(type='Pretrained', ...)."

@@ -77,12 +77,13 @@ def _dicts(value: Any) -> Iterator[dict]:
 
 
 def _is_missing(path: Any) -> bool:
-    return isinstance(path, (str, Path)) and '://' not in str(path) and not Path(path).exists()
+    return isinstance(path, (str, Path)) and '://' not in str(path) and not Path(path).expanduser().exists()
 
 
 def _damage(path: Any) -> Optional[str]:
     """Return what a glance at a local file shows to be wrong with it as a checkpoint."""
-    if not Path(path).is_file():
+    path = Path(path).expanduser()
+    if not path.is_file():
         return None
     with open(path, 'rb') as file:
         start = file.read(2)

@@ -77,6 +77,18 @@ def test_changes_nothing_else(with_bn):
     assert all(ce.momentum == 0.1 for _, ce in backbone.named_ce())
 
 
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_repairs_broken_statistics(value):
+    backbone, batches = make(), images(2)
+    expected = copy.deepcopy(backbone)
+    calibrate(expected, batches, 2, with_bn=True)
+    for tensor in statistics(backbone).values():
+        tensor.fill_(value)
+    calibrate(backbone, batches, 2, with_bn=True)
+    for key, tensor in statistics(backbone).items():
+        assert torch.equal(tensor, statistics(expected)[key]), key
+
+
 def test_interrupted_calibration_restores_the_statistics():
     backbone = make()
     before = copy.deepcopy(statistics(backbone))

@@ -9,7 +9,7 @@ import torch
 from mmdet.models import ResNet
 from mmdet.registry import MODELS
 from mmengine.logging import MMLogger
-from mmengine.runner import load_checkpoint
+from mmengine.runner import load_checkpoint, load_state_dict
 
 from mmdet_ce import CEResNet
 from mmdet_ce.converters import BLOCK_NAMES
@@ -44,12 +44,19 @@ def test_weights_with_ce():
     assert f'0 of {num_ce} CE tensors missing, 0 unexpected: CE is loaded with its statistics' in summary
     partly = CEResNet(depth=18, stem_with_ce=False, **TINY).state_dict()
     assert 'CE is loaded in part' in summarize_load(backbone, partly)
-    assert 'CE is loaded in part' in summarize_load(CEResNet(depth=18, **TINY, **IDENTITY), backbone.state_dict())
+    identity = CEResNet(depth=18, **TINY, **IDENTITY)
+    assert 'CE is loaded in part' in summarize_load(identity, backbone.state_dict())
+    assert 'CE is loaded in part' in summarize_load(backbone, identity.state_dict()), 'its alphas would be lost'
+    fewer = CEResNet(depth=18, stage_with_ce=(True, False, False, False), **TINY)
+    assert 'CE is loaded in part' in summarize_load(fewer, backbone.state_dict())
 
 
-@pytest.mark.parametrize('depth, other', [(18, 34), (34, 18), (50, 101), (101, 152), (152, 101), (50, 18)])
+WRONG = [(18, 34), (34, 18), (50, 101), (101, 152), (152, 101), (50, 18), (50, 34), (34, 50)]
+
+
+@pytest.mark.parametrize('depth, other', WRONG)
 def test_wrong_depth(depth, other):
-    with pytest.raises(CheckpointMismatchError, match=f'CEResNet-{depth}.*Expected weights of the same architecture'):
+    with pytest.raises(CheckpointMismatchError, match=f'CEResNet-{depth}.*Expected weights of the same arch'):
         summarize_load(CEResNet(depth=depth, base_channels=4), ResNet(depth=other, base_channels=4).state_dict())
 
 
@@ -70,9 +77,42 @@ def test_another_architecture():
         summarize_load(CEResNet(depth=18, **TINY), {'patch_embed.weight': torch.zeros(3)})
 
 
-def test_a_differing_stem_is_no_mismatch():
-    backbone = CEResNet(depth=18, in_channels=4, **TINY)
-    assert 'tensors loaded' in summarize_load(backbone, ResNet(depth=18, **TINY).state_dict())
+CONTEXT_BLOCK = dict(cfg=dict(type='ContextBlock', ratio=1 / 4), position='after_conv3')
+
+
+@pytest.mark.parametrize(
+    'kwargs',
+    [
+        dict(depth=18, in_channels=4),
+        dict(depth=50, deep_stem=True, avg_down=True),
+        dict(depth=18, deep_stem=True, avg_down=True),
+        dict(depth=50, plugins=[CONTEXT_BLOCK]),
+        dict(depth=18, num_stages=1, strides=(1,), dilations=(1,), out_indices=(0,)),
+        dict(depth=50, dcn=dict(type='DCN', deform_groups=1), stage_with_dcn=(False, True, True, True)),
+    ],
+    ids=lambda kwargs: '-'.join(map(str, kwargs)),
+)
+def test_what_differs_with_reason_is_no_mismatch(kwargs):
+    plain = ResNet(depth=kwargs['depth'], **TINY)
+    assert 'plain weights under' in summarize_load(CEResNet(**kwargs, **TINY), plain.state_dict())
+
+
+def test_anything_loads_where_ce_is_off():
+    backbone = CEResNet(depth=18, ce_cfg=None, **TINY)
+    backbone.load_state_dict({}, strict=False)
+    backbone.load_state_dict(CEResNet(depth=18, **TINY).state_dict(), strict=False)
+
+
+def test_entries_that_are_no_tensors_are_passed_over():
+    backbone = CEResNet(depth=18, **TINY)
+    state = {**backbone.state_dict(), 'extra_state': {}, 3: [1]}
+    assert 'CE is loaded with its statistics' in summarize_load(backbone, state)
+
+
+def test_a_backbone_alone_is_no_detector():
+    model = torch.nn.ModuleDict(dict(backbone=CEResNet(depth=18, **TINY)))
+    with pytest.raises(CheckpointMismatchError, match='Expected a checkpoint of the whole detector; one of a backbone'):
+        load_state_dict(model, ResNet(depth=18, **TINY).state_dict())
 
 
 @pytest.mark.parametrize('prefix', ['', 'backbone.'])

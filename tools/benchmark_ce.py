@@ -321,6 +321,8 @@ def main() -> None:
         [block_shape(name) for name in args.shapes]
     except argparse.ArgumentTypeError as error:
         parser.error(str(error))
+    if args.rounds < 2:
+        parser.error('--rounds must be at least 2: medians and quartiles need it')
     args.device = torch.device(args.device)
     environment = dict(
         hardware=hardware(args.device),

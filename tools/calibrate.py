@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import framework_tool  # noqa: F401 - quiets a warning of mmengine's that says nothing about the run
+import torch
 from mmdet.registry import MODELS
 from mmengine.config import Config, DictAction
 from mmengine.registry import init_default_scope
@@ -17,7 +18,9 @@ from mmdet_ce.checkpoint_io import CheckpointFileError, read_checkpoint, write_c
 from mmdet_ce.preflight import find_problems
 
 
-def calibrate_checkpoint(cfg: Config, source: Path, destination: Path, num_batches: int, with_bn: bool) -> int:
+def calibrate_checkpoint(
+    cfg: Config, source: Path, destination: Path, num_batches: int, with_bn: bool, device: str
+) -> int:
     """Calibrate ``source`` and write it, all else unchanged, to ``destination``; return the batches averaged over.
 
     Raises:
@@ -28,12 +31,14 @@ def calibrate_checkpoint(cfg: Config, source: Path, destination: Path, num_batch
     state_dict = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, dict) else None
     if not isinstance(state_dict, dict):
         raise ValueError(f'{source} holds no state dict; expected a checkpoint of a training, like epoch_12.pth')
-    model = MODELS.build(cfg.model)
+    if cfg.get('data_preprocessor'):
+        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)  # as the Runner does
+    model = MODELS.build(cfg.model).to(device)
     load_state_dict(model, state_dict, strict=False, logger='current')
     count = calibrate(model, Runner.build_dataloader(cfg.train_dataloader), num_batches, with_bn)
     for key, tensor in model.state_dict().items():
         if key.startswith('backbone.') and 'running_' in key:
-            state_dict[key] = tensor
+            state_dict[key] = tensor.cpu()
     write_checkpoint(checkpoint, destination)
     return count
 
@@ -47,12 +52,17 @@ def main() -> None:
     parser.add_argument('--num-batches', type=int, default=200, help='batches averaged over (default: %(default)s)')
     parser.add_argument('--bn', action='store_true', help="set BatchNorm's running statistics too")
     parser.add_argument('--seed', type=int, default=0, help='of the batches and their augmentation (default: 0)')
+    parser.add_argument(
+        '--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='(default: %(default)s)'
+    )
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE')
     args = parser.parse_args()
     if not Path(args.config).is_file():
         sys.exit(f'error: config {args.config} not found')
     cfg = Config.fromfile(args.config)
     cfg.merge_from_dict(args.cfg_options or {})
+    if 'backbone' not in cfg.model:
+        sys.exit(f'error: the model of {args.config} has no backbone to calibrate')
     cfg.model.backbone.init_cfg = None  # the checkpoint brings the weights
     problems = find_problems(cfg, 'train', str(args.checkpoint))
     if problems:
@@ -60,7 +70,7 @@ def main() -> None:
     init_default_scope(cfg.get('default_scope', 'mmdet'))
     set_random_seed(args.seed)
     try:
-        count = calibrate_checkpoint(cfg, args.checkpoint, args.out, args.num_batches, args.bn)
+        count = calibrate_checkpoint(cfg, args.checkpoint, args.out, args.num_batches, args.bn, args.device)
     except (CheckpointFileError, ValueError) as error:
         sys.exit(f'error: {error}')
     print(f'{args.out}: CE statistics{" and those of BN" if args.bn else ""} from {count} batches')

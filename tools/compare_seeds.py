@@ -42,8 +42,10 @@ def train(run: Run, seed: int, options: list[str], work_dir: Path) -> dict[str, 
     """Train one config with one seed, unless that is done, and return the last validation's metrics."""
     command = [sys.executable, '-W', 'ignore', str(TRAIN), run.config, '--work-dir', str(work_dir), '--cfg-options']
     command += [*options, *run.options, f'randomness.seed={seed}']
+    # What decides the result: not run again where all of it is as it was.
+    identity = dict(command=command[3:], config=Config.fromfile(run.config).pretty_text, version=__version__)
     done = work_dir / 'comparison.json'
-    if done.is_file() and (saved := json.loads(done.read_text()))['command'] == command[3:]:
+    if done.is_file() and (saved := json.loads(done.read_text()))['identity'] == identity:
         return saved['metrics']
     work_dir.mkdir(parents=True, exist_ok=True)
     log = work_dir / 'output.txt'
@@ -51,13 +53,18 @@ def train(run: Run, seed: int, options: list[str], work_dir: Path) -> dict[str, 
         if subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode:
             sys.exit(f'error: training {run.name} with seed {seed} failed: {log}\n{log.read_text()[-1000:]}')
     metrics = read_metrics(work_dir)
-    done.write_text(json.dumps(dict(command=command[3:], metrics=metrics)))
+    unfinished = done.with_suffix('.tmp')
+    unfinished.write_text(json.dumps(dict(identity=identity, metrics=metrics)))
+    unfinished.replace(done)
     return metrics
 
 
 def read_metrics(work_dir: Path) -> dict[str, float]:
     """Return the COCO metrics of the last validation of the newest training in ``work_dir``."""
-    scalars = max(work_dir.glob('*/vis_data/scalars.json'), key=lambda path: path.stat().st_mtime)
+    found = sorted(work_dir.glob('*/vis_data/scalars.json'), key=lambda path: path.stat().st_mtime)
+    if not found:
+        sys.exit(f'error: no vis_data/scalars.json in {work_dir}; the config must keep LocalVisBackend')
+    scalars = found[-1]
     records = [json.loads(line) for line in scalars.read_text().splitlines()]
     validations = [record for record in records if any(key.startswith('coco/') for key in record)]
     if not validations:
@@ -67,7 +74,7 @@ def read_metrics(work_dir: Path) -> dict[str, float]:
 
 def report(results: dict[str, list[dict[str, float]]], seeds: list[int], out_dir: Path, environment: dict) -> None:
     """Print the table; write results.json and comparison.png."""
-    metrics = list(next(iter(results.values()))[0])
+    metrics = list(dict.fromkeys(metric for runs in results.values() for run in runs for metric in run))
     table = Table(title=f'COCO mAP, mean ± standard deviation of seeds {", ".join(map(str, seeds))}')
     table.add_column('')
     for metric in metrics:
@@ -76,7 +83,10 @@ def report(results: dict[str, list[dict[str, float]]], seeds: list[int], out_dir
     for name, runs in results.items():
         cells = []
         for metric in metrics:
-            values = [run[metric] for run in runs]
+            values = [run[metric] for run in runs if metric in run]
+            if not values:
+                cells += ['-', '-']
+                continue
             spread = f' ± {statistics.stdev(values):.3f}' if len(values) > 1 else ''
             cells += [f'{statistics.mean(values):.3f}{spread}', ' '.join(f'{value:.3f}' for value in values)]
         table.add_row(name, *cells)
@@ -96,7 +106,9 @@ def draw(results: dict[str, list[dict[str, float]]], metrics: list[str], path: P
     )  # fmt: skip
     for axis, metric in zip(axes[0], metrics):
         for row, runs in enumerate(results.values()):
-            values = [run[metric] for run in runs]
+            values = [run[metric] for run in runs if metric in run]
+            if not values:
+                continue
             axis.plot(values, [row] * len(values), 'o', color='tab:blue', alpha=0.6, markeredgewidth=0)
             axis.plot([statistics.mean(values)] * 2, [row - 0.3, row + 0.3], color='0.2', linewidth=2)
         axis.set_xlabel(metric.removeprefix('coco/'))

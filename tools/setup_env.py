@@ -90,7 +90,7 @@ def check_machine() -> None:
 def fingerprint() -> str:
     """Identify the set-up: a change of the pins, of the metadata, of this file or of the folder asks for a new run."""
     digest = hashlib.sha256(str(ROOT).encode())
-    for path in (REQUIREMENTS, IMAGENET_REQUIREMENTS, ROOT / 'setup.py', ROOT / 'pyproject.toml', Path(__file__)):
+    for path in (REQUIREMENTS, ROOT / 'setup.py', ROOT / 'pyproject.toml', Path(__file__)):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -211,26 +211,42 @@ def build_mmcv(folder: Path) -> Path:
     return wheel
 
 
+def install_imagenet() -> None:
+    """Put what only the ImageNet tests need into ``.venv/imagenet``, apart from the rest, once."""
+    folder, pins = VENV / 'imagenet', IMAGENET_REQUIREMENTS.read_text()
+    stamp = folder / '.pins'
+    if stamp.is_file() and stamp.read_text() == pins:
+        return
+    say('mmpretrain, for the ImageNet tests')
+    shutil.rmtree(folder, ignore_errors=True)
+    pip('install', '--no-deps', '--target', str(folder), '-r', str(IMAGENET_REQUIREMENTS))
+    stamp.write_text(pins)
+
+
 def main() -> None:
     """Set up, or find that nothing is to do."""
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    if STAMP.is_file() and STAMP.read_text() == fingerprint():
-        return
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--imagenet', action='store_true', help='with what the ImageNet tests need')
+    args = parser.parse_args()
+    if not (STAMP.is_file() and STAMP.read_text() == fingerprint()):
+        set_up()
+    if args.imagenet:
+        install_imagenet()
+
+
+def set_up() -> None:
+    """Create the environment and install everything into it."""
     start = time.monotonic()
     check_machine()
     create_venv()
-    say('1/5 torch and build tools')
+    say('1/4 torch and build tools')
     pip('install', '-c', str(REQUIREMENTS), *map(pinned, ('torch', 'setuptools', 'wheel', 'ninja', 'psutil')))
-    say('2/5 mmcv')
+    say('2/4 mmcv')
     pip('install', '--no-deps', str(mmcv_wheel()))
     # --no-deps: requirements.txt is the whole list, with opencv-python-headless, which needs no libGL on the machine.
-    say('3/5 mmengine, mmdet and the rest')
+    say('3/4 mmengine, mmdet and the rest')
     pip('install', '--no-deps', '-r', str(REQUIREMENTS))
-    say('4/5 mmpretrain, apart from the rest: only the ImageNet tests use it')
-    folder = VENV / 'imagenet'
-    shutil.rmtree(folder, ignore_errors=True)
-    pip('install', '--no-deps', '--target', str(folder), '-r', str(IMAGENET_REQUIREMENTS))
-    say('5/5 mmdet_ce, editable')
+    say('4/4 mmdet_ce, editable')
     pip('install', '--no-deps', '--no-build-isolation', '-e', str(ROOT))
     command = [str(VENV_PYTHON), '-W', 'ignore', '-c', CHECK_CODE]
     check = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)

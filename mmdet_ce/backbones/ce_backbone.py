@@ -40,7 +40,11 @@ def norm_ce(norm: nn.Module, ce: Optional[ChannelEquilibrium], x: Tensor) -> Ten
 
 def _has_hooks(module: nn.Module) -> bool:
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or 'forward' in vars(module)  # replaced on the instance
     )
 
 
@@ -80,13 +84,14 @@ class CEBackbone(BaseModule):
         """Initialize the weights; name the way to pretrained ones that are not there."""
         for cfg in self.init_cfg if isinstance(self.init_cfg, (list, tuple)) else [self.init_cfg or {}]:
             path = str(cfg.get('checkpoint') or '')
-            if path and '://' not in path and not Path(path).is_file():
+            if path and '://' not in path and not Path(path).expanduser().is_file():
                 raise FileNotFoundError(missing_weights_message(path))
         super().init_weights()
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         # Here every way of loading passes: torch's, and mmengine's, which does not call load_state_dict.
-        print_log(summarize_load(self, state_dict, prefix), logger='current')
+        if any(True for _ in self.named_ce()):
+            print_log(summarize_load(self, state_dict, prefix), logger='current')
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def named_ce(self) -> Iterator[tuple[str, ChannelEquilibrium]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 from mmdet.registry import HOOKS
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
@@ -11,40 +13,37 @@ from ..calibration import calibrate
 
 @HOOKS.register_module()
 class CECalibrationHook(Hook):
-    """Set CE's running statistics from training batches, at the start and, if asked, after every epoch.
+    """Set CE's running statistics from training batches before a training starts.
 
-    At the start for weights from other data, under ``norm_eval=True`` above all, which then keeps the statistics.
-    After an epoch for the weights that the epoch made, before they are validated and saved. A resumed training keeps
-    the statistics of its checkpoint at the start.
+    For weights from other data, under ``norm_eval=True`` above all, which then keeps the statistics. A resumed training
+    keeps those of its checkpoint. To calibrate the weights that a training made, use tools/calibrate.py.
 
     Args:
         num_batches: Batches to average over, on each rank.
         with_bn: Whether to set BatchNorm's running mean and variance too.
-        after_epoch: Whether to calibrate after every epoch, too.
+
+    Raises:
+        ValueError: If ``num_batches`` is not positive, or, when the training starts, if the Runner has no config of a
+            training data loader.
 
     Example:
         >>> custom_hooks = [dict(type='CECalibrationHook', num_batches=100)]
     """
 
-    priority = 'NORMAL'  # before the checkpoint is saved
-
-    def __init__(self, num_batches: int = 100, with_bn: bool = False, after_epoch: bool = False) -> None:
+    def __init__(self, num_batches: int = 100, with_bn: bool = False) -> None:
         if num_batches < 1:
             raise ValueError(f'num_batches must be at least 1, got {num_batches}')
         self.num_batches = num_batches
         self.with_bn = with_bn
-        self.after_epoch = after_epoch
 
     def before_train(self, runner: Runner) -> None:
         """Calibrate the weights that the training starts from."""
-        if runner.iter == 0:
-            self._calibrate(runner)
-
-    def after_train_epoch(self, runner: Runner) -> None:
-        """Calibrate the weights that the epoch made."""
-        if self.after_epoch:
-            self._calibrate(runner)
-
-    def _calibrate(self, runner: Runner) -> None:
-        count = calibrate(runner.model, runner.train_dataloader, self.num_batches, self.with_bn)
+        if runner.iter > 0:  # resumed
+            return
+        cfg = runner.cfg.get('train_dataloader')
+        if not isinstance(cfg, dict):
+            raise ValueError('CECalibrationHook needs the config of the training data loader: use Runner.from_cfg')
+        # A loader of its own: the training's may have an infinite sampler, of which what is taken here would be gone.
+        loader = runner.build_dataloader(copy.deepcopy(cfg), seed=runner.seed)
+        count = calibrate(runner.model, loader, self.num_batches, self.with_bn)
         runner.logger.info(f'CE statistics{" and those of BN" if self.with_bn else ""} set from {count} batches')

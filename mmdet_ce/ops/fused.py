@@ -95,7 +95,7 @@ def channel_equilibrium(
     with no_autocast(x):
         if torch.jit.is_tracing():  # the same, in operations that a trace records
             flat = _flat(x, group_size)
-            terms = _terms(*_reduce(flat, len(x), not evaluation), flat.shape[2], options, *inputs)
+            terms = _terms(*_reduce(flat, x.shape[0], not evaluation), flat.shape[2], options, *inputs)
             out = _multiply(terms.folded, terms.constant, flat).to(x.dtype).view(x.shape)
             statistics = [None if t is None else t.detach() for t in (terms.mean, terms.whitening, terms.scale)]
         else:
@@ -216,7 +216,7 @@ class _ChannelEquilibrium(torch.autograd.Function):
         flat = _flat(x, options.group_size)
         # Allocated in its final shape: autograd lets nobody change a function's output that is a view.
         out = flat.new_empty(x.shape)
-        means, squares = _reduce(flat, len(x), options.running is None, scratch=out.view(flat.shape))
+        means, squares = _reduce(flat, x.shape[0], options.running is None, scratch=out.view(flat.shape))
         terms = _terms(means, squares, flat.shape[2], options, *inputs)
         ctx.options = options
         ctx.save_for_backward(x, *inputs, *terms)

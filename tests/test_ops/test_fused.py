@@ -176,3 +176,5 @@ def test_traced_and_untraced_agree():
     x = torch.randn(2, 32, 4, 4)
     traced = torch.jit.trace(ce.eval(), x)
     assert_agree(traced(x), ce(x), 1e-6)
+    other = torch.randn(3, 32, 4, 4)
+    assert_agree(traced(other), ce(other), 1e-6, 'another batch size')

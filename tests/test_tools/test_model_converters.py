@@ -119,6 +119,6 @@ def test_publish(tmp_path):
 
 def test_publish_refuses_what_is_no_checkpoint(tmp_path):
     torch.save({'w': torch.zeros(1)}, tmp_path / 'a.pth')
-    with pytest.raises(ValueError, match="has no 'state_dict'"):
+    with pytest.raises(ValueError, match="has no 'state_dict' with tensors"):
         publish_model.publish(tmp_path / 'a.pth', tmp_path / 'b.pth')
     assert [p.name for p in tmp_path.iterdir()] == ['a.pth']

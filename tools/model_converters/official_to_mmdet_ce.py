@@ -24,6 +24,8 @@ def convert(source: Path, destination: Path, depth: int = 50) -> int:
         CheckpointFileError: If ``source`` cannot be read or ``destination`` not be written.
         ValueError: If ``source`` is not a checkpoint of the released network of this depth; the tensors are listed.
     """
+    if source.resolve() == destination.resolve():
+        raise ValueError(f'{destination} is the source itself; name another file to write')
     checkpoint = read_checkpoint(source)
     if not isinstance(checkpoint, dict):
         raise ValueError(f'{source} holds a {type(checkpoint).__name__}; expected a state dict')
@@ -46,7 +48,7 @@ def convert(source: Path, destination: Path, depth: int = 50) -> int:
             f'Of another shape ({len(reshaped)}): {", ".join(reshaped) or "none"}'
         )
     meta = dict(source=source.name, source_sha256=sha256(source), converter=f'mmdet_ce {__version__}')
-    write_checkpoint(dict(state_dict={key: t.clone() for key, t in converted.items()}, meta=meta), destination)
+    write_checkpoint(dict(state_dict={key: t.detach().clone() for key, t in converted.items()}, meta=meta), destination)
     return len(converted)
 
 

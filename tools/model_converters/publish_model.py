@@ -25,12 +25,15 @@ def publish(source: Path, destination: Path) -> Path:
         CheckpointFileError: If ``source`` cannot be read or the file not be written.
         ValueError: If ``source`` holds no ``state_dict``.
     """
+    if destination.is_dir() or not destination.stem:
+        raise ValueError(f'{destination} is no name of a file; expected one like mask-rcnn_r50-ce_fpn_1x_coco.pth')
     checkpoint = read_checkpoint(source)
-    if not isinstance(checkpoint, dict) or 'state_dict' not in checkpoint:
-        raise ValueError(f"{source} has no 'state_dict'; expected a checkpoint of a training, like epoch_12.pth")
+    state_dict = checkpoint.get('state_dict') if isinstance(checkpoint, dict) else None
+    if not isinstance(state_dict, dict) or not state_dict:
+        raise ValueError(f"{source} has no 'state_dict' with tensors; expected a training's, like epoch_12.pth")
     meta = checkpoint.get('meta') or {}
     published = dict(
-        state_dict=checkpoint['state_dict'],
+        state_dict=state_dict,
         meta={**{key: meta[key] for key in META if key in meta}, 'mmdet_ce_version': __version__},
     )
     unnamed = destination.with_name(f'.{destination.stem}-unnamed.pth')
