@@ -33,8 +33,8 @@ def summarize_load(backbone: nn.Module, state_dict: Mapping[str, Tensor], prefix
         One line: tensors loaded, CE tensors missing, unexpected tensors, and what that means.
 
     Raises:
-        CheckpointMismatchError: If less than two thirds of the backbone's plain tensors are there in their shape, a stage has
-            another number of blocks in the file, or more than a quarter of the file's plain tensors have no place.
+        CheckpointMismatchError: If less than two thirds of the backbone's plain tensors are there in their shape, a
+            stage has another number of blocks in the file, or more than a quarter of the file's have no place.
     """
     own = _tensors(backbone.state_dict(), '')
     given = _tensors(state_dict, prefix)
