@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
 
 import official_to_mmdet_ce
 import publish_model
 import pytest
 import torch
-from conftest import ROOT
 from mmengine.logging import HistoryBuffer
 from test_converters import released
 from test_safe_globals import Calls
@@ -20,25 +18,31 @@ from test_safe_globals import Calls
 from mmdet_ce import CEResNet, __version__
 from mmdet_ce.checkpoint_io import sha256
 
-CONVERTER = ROOT / 'tools' / 'model_converters' / 'official_to_mmdet_ce.py'
-
 
 @pytest.fixture(scope='module')
 def state():
     return {f'module.{key}': value for key, value in released(depth=18, base_channels=64).items()}
 
 
-def convert(source, destination, *arguments):
-    command = [sys.executable, '-W', 'ignore', CONVERTER, source, destination, *arguments]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True)
+@pytest.fixture
+def convert(monkeypatch):
+    """The command line: returns None, or the message that it ends with."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, 'argv', ['official_to_mmdet_ce.py', *map(str, arguments)])
+        try:
+            official_to_mmdet_ce.main()
+        except SystemExit as error:
+            return error.code
+
+    return call
 
 
-def test_converts(state, tmp_path):
+def test_converts(convert, state, tmp_path, capsys):
     source, destination = tmp_path / 'theirs.pth.tar', tmp_path / 'checkpoints' / 'ours.pth'
     torch.save({'epoch': 100, 'arch': 'resnetv1ce', 'state_dict': state}, source)
-    result = convert(source, destination, '--depth', '18')
-    assert result.returncode == 0, result.stderr
-    assert re.search(r'ours.pth: \d+ tensors, 0 missing, 0 unexpected', result.stdout)
+    assert convert(source, destination, '--depth', '18') is None
+    assert re.search(r'ours.pth: \d+ tensors, 0 missing, 0 unexpected', capsys.readouterr().out)
     converted = torch.load(destination, weights_only=True)
     assert converted['meta'] == dict(
         source='theirs.pth.tar', source_sha256=sha256(source), converter=f'mmdet_ce {__version__}'
@@ -59,16 +63,16 @@ def test_official_layout_of_the_whole_network(golden, tmp_path):
     assert count == len(CEResNet(depth=50).state_dict())
 
 
-def test_mismatches_are_listed_and_nothing_is_written(state, tmp_path):
+def test_mismatches_are_listed_and_nothing_is_written(convert, state, tmp_path):
     bad = dict(state)
     del bad['module.layer2.0.conv1.weight']
     bad['module.layer9.weight'] = torch.zeros(1)
     bad['module.conv1.weight'] = torch.zeros(64, 4, 7, 7)
     torch.save(bad, tmp_path / 'a.pth')
-    result = convert(tmp_path / 'a.pth', tmp_path / 'out' / 'b.pth', '--depth', '18')
-    assert result.returncode == 1 and len(result.stderr.strip().splitlines()) == 1
-    assert 'Missing (1): layer2.0.conv1.weight. Unexpected (1): layer9.weight.' in result.stderr
-    assert 'shape (1): conv1.weight (64, 4, 7, 7) for (64, 3, 7, 7)' in result.stderr
+    message = convert(tmp_path / 'a.pth', tmp_path / 'out' / 'b.pth', '--depth', '18')
+    assert message.startswith('error: ') and '\n' not in message
+    assert 'Missing (1): layer2.0.conv1.weight. Unexpected (1): layer9.weight.' in message
+    assert 'shape (1): conv1.weight (64, 4, 7, 7) for (64, 3, 7, 7)' in message
     assert not (tmp_path / 'out').exists()
 
 
@@ -84,7 +88,7 @@ def test_mismatches_are_listed_and_nothing_is_written(state, tmp_path):
         ('missing', 'error: checkpoint .* not found'),
     ],
 )
-def test_bad_sources(kind, message, state, tmp_path):
+def test_bad_sources(kind, message, convert, state, tmp_path):
     source, destination, marker = tmp_path / 'a.pth', tmp_path / 'b.pth', tmp_path / 'marker'
     content = {
         'plain': {'conv1.weight': torch.zeros(1)},
@@ -96,8 +100,7 @@ def test_bad_sources(kind, message, state, tmp_path):
         torch.save(content, source)
     if kind == 'truncated':
         source.write_bytes(source.read_bytes()[:100_000])
-    result = convert(source, destination)
-    assert result.returncode == 1 and re.match(message, result.stderr), result.stderr
+    assert re.match(message, convert(source, destination))
     assert not destination.exists() and not marker.exists()
 
 

@@ -197,6 +197,10 @@ def test_real_coco_images(detector, coco_tiny, tmp_path):
     # After two steps no score is over the default threshold, and mmdet prints no AP for an empty result.
     threshold = {'mask-rcnn': 'model.test_cfg.rcnn.score_thr=0', 'retinanet': 'model.test_cfg.score_thr=0'}[detector]
     options = [*SMALL, 'model.backbone.init_cfg=None', 'train_dataloader.dataset.indices=4', threshold]
+    options += ['train_cfg.val_interval=10']  # the test evaluates
+    if detector == 'mask-rcnn':  # thousands of proposals take a CPU long and test nothing more
+        options += ['model.test_cfg.rcnn.max_per_img=10', 'model.test_cfg.rpn.max_per_img=50']
+        options += ['model.train_cfg.rpn_proposal.max_per_img=50']
     for split, place in resize.items():
         options += [
             f'{split}_dataloader.dataset.data_root={coco_tiny}/',
