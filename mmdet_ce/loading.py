@@ -5,10 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .layers import ChannelEquilibrium
+
+if TYPE_CHECKING:
+    from .backbones.ce_backbone import CEBackbone
 
 # Of the backbone's plain tensors; some may differ with reason (the stem, in_channels, deformable convolutions).
 LEAST_LOADED = 2 / 3
@@ -21,11 +25,11 @@ class CheckpointMismatchError(ValueError):
     """A checkpoint of another network, or one under another prefix."""
 
 
-def summarize_load(backbone: nn.Module, state_dict: Mapping[str, Tensor], prefix: str = '') -> str:
+def summarize_load(backbone: CEBackbone, state_dict: Mapping[str, Tensor], prefix: str = '') -> str:
     """Say what loading ``state_dict`` brings into a CE backbone.
 
     Args:
-        backbone: A backbone with CE layers or a slot for them.
+        backbone: A backbone with CE layers.
         state_dict: The tensors to load, of the backbone or of the model around it.
         prefix: What the backbone's names begin with in ``state_dict``, '' or 'backbone.' for instance.
 
@@ -38,8 +42,9 @@ def summarize_load(backbone: nn.Module, state_dict: Mapping[str, Tensor], prefix
     """
     own = _tensors(backbone.state_dict(), '')
     given = _tensors(state_dict, prefix)
-    layers = {name: m for name, m in backbone.named_modules() if isinstance(m, ChannelEquilibrium)}
-    ce = [key for key in own if key.startswith(tuple(f'{name}.' for name in layers))]
+    layers = dict(backbone.named_ce())
+    prefixes = tuple(f'{name}.' for name in layers)
+    ce = {key for key in own if key.startswith(prefixes)}
     plain = [key for key in own if key not in ce and PLAIN.match(key)]
     loaded = {key for key, t in own.items() if key in given and given[key].shape == t.shape}
     unexpected = [key for key in given if key not in own]

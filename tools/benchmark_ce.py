@@ -184,13 +184,12 @@ def measure(
 def benchmark_blocks(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Compare the block with the released form and with a training BatchNorm, forward and backward."""
     rows = []
-    for name in args.shapes:
-        *shape, d = block_shape(name)
+    for *shape, d in args.shapes:
         x = torch.randn(shape, device=args.device).to(memory_format=args.memory_format).requires_grad_()
         ce = ChannelEquilibrium(shape[1], num_channels=d).to(args.device)
         models = {'released form': ReleasedForm(copy.deepcopy(ce)), 'this': ce, 'BatchNorm2d': nn.BatchNorm2d(shape[1])}
         models = {name: model.to(args.device) for name, model in models.items()}
-        rows += measure(f'block {name}, forward + backward', models, x, args, training=True)
+        rows += measure(f'block {"x".join(map(str, shape))}d{d}, forward + backward', models, x, args, training=True)
     return rows
 
 
@@ -304,7 +303,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--what', nargs='+', choices=['block', 'backbone'], default=['block', 'backbone'])
     parser.add_argument(
-        '--shapes', nargs='+', default=BLOCK_SHAPES, help='block inputs as NxCxHxWdD (default: %(default)s)'
+        '--shapes',
+        nargs='+',
+        type=block_shape,
+        default=[block_shape(text) for text in BLOCK_SHAPES],
+        help=f'block inputs as NxCxHxWdD (default: {" ".join(BLOCK_SHAPES)})',
     )
     parser.add_argument('--depth', type=int, default=50, help='(default: %(default)s)')
     parser.add_argument('--batch', type=int, default=2, help='images in the backbone input (default: %(default)s)')
@@ -317,10 +320,6 @@ def main() -> None:
     parser.add_argument('--rounds', type=int, default=15, help='timed rounds (default: %(default)s)')
     parser.add_argument('--out-dir', type=Path, default=Path('work_dirs/benchmark'), help='(default: %(default)s)')
     args = parser.parse_args()
-    try:
-        [block_shape(name) for name in args.shapes]
-    except argparse.ArgumentTypeError as error:
-        parser.error(str(error))
     if args.rounds < 2:
         parser.error('--rounds must be at least 2: medians and quartiles need it')
     args.device = torch.device(args.device)

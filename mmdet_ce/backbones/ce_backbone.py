@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Callable, Optional
 
@@ -21,6 +21,22 @@ from ..loading import missing_weights_message, summarize_load
 def build_ce(ce_cfg: dict, in_channels: int) -> ChannelEquilibrium:
     """Build the CE layer of a slot from ``ce_cfg``; its type, if given, names a subclass of ChannelEquilibrium."""
     return MODELS.build({'type': ChannelEquilibrium, **ce_cfg, 'in_channels': in_channels})
+
+
+def check_stages(
+    stage_with_ce: Optional[Sequence[bool]], default: tuple[bool, ...], num_stages: int, ce_cfg: Optional[dict]
+) -> tuple[bool, ...]:
+    """Return for each stage whether its blocks have CE: ``default`` for None, nowhere without ``ce_cfg``.
+
+    Raises:
+        ValueError: If there is not one value for each stage.
+    """
+    stages = default if stage_with_ce is None else tuple(stage_with_ce)
+    if len(stages) != num_stages:
+        raise ValueError(
+            f'stage_with_ce needs one value for each of the {num_stages} stages, got {len(stages)}: {stages}'
+        )
+    return stages if ce_cfg is not None else (False,) * num_stages
 
 
 def norm_ce(norm: nn.Module, ce: Optional[ChannelEquilibrium], x: Tensor) -> Tensor:
@@ -90,7 +106,7 @@ class CEBackbone(BaseModule):
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         # Here every way of loading passes: torch's, and mmengine's, which does not call load_state_dict.
-        if any(True for _ in self.named_ce()):
+        if next(self.named_ce(), None) is not None:
             print_log(summarize_load(self, state_dict, prefix), logger='current')
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -10,7 +10,7 @@ from mmdet.models.layers import InvertedResidual
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 
-from .ce_backbone import CEBackbone, build_ce, norm_ce, run_block
+from .ce_backbone import CEBackbone, build_ce, check_stages, norm_ce, run_block
 
 
 class CEInvertedResidual(InvertedResidual):
@@ -78,15 +78,9 @@ class CEMobileNetV2(CEBackbone, MobileNetV2):
         **kwargs: Any,
     ) -> None:
         num_stages = len(self.arch_settings)
-        stage_with_ce = (True,) * num_stages if stage_with_ce is None else tuple(stage_with_ce)
-        if len(stage_with_ce) != num_stages:
-            raise ValueError(
-                f'stage_with_ce needs one value for each of the {num_stages} stages, got {len(stage_with_ce)}: '
-                f'{stage_with_ce}'
-            )
         # Set before MobileNetV2's constructor, which calls make_layer.
         self.ce_cfg = ce_cfg
-        self.stage_with_ce = stage_with_ce if ce_cfg is not None else (False,) * num_stages
+        self.stage_with_ce = check_stages(stage_with_ce, (True,) * num_stages, num_stages, ce_cfg)
         super().__init__(*args, ce_eval=ce_eval, **kwargs)
 
     def make_layer(self, out_channels: int, num_blocks: int, stride: int, expand_ratio: int) -> nn.Sequential:

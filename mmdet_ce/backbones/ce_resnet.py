@@ -9,7 +9,7 @@ from mmdet.models.backbones.resnet import BasicBlock, Bottleneck, ResNet
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 
-from .ce_backbone import CEBackbone, build_ce, norm_ce, run_block
+from .ce_backbone import CEBackbone, build_ce, check_stages, norm_ce, run_block
 
 
 class CEBasicBlock(BasicBlock):
@@ -147,20 +147,14 @@ class CEResNet(CEBackbone, ResNet):
     ) -> None:
         if depth not in self.arch_settings:
             raise KeyError(f'invalid depth {depth} for {type(self).__name__}; expected one of {[*self.arch_settings]}')
-        if stage_with_ce is None:
-            stage_with_ce = (True, True, True, False)[:num_stages]
-        if len(stage_with_ce) != num_stages:
-            raise ValueError(
-                f'stage_with_ce needs one value for each of the {num_stages} stages, got {len(stage_with_ce)}: '
-                f'{tuple(stage_with_ce)}'
-            )
         if ce_position not in ('after_norm3', 'after_norm2'):
             raise ValueError(f"ce_position must be 'after_norm3' or 'after_norm2', got {ce_position!r}")
         if ce_position == 'after_norm2' and not issubclass(self.arch_settings[depth][0], Bottleneck):
             raise ValueError(f"ce_position='after_norm2' needs bottlenecks, and depth {depth} has none; leave it out")
         # Set before ResNet's constructor, which calls the methods below.
         self.ce_cfg = ce_cfg
-        self.stage_with_ce = tuple(stage_with_ce) if ce_cfg is not None else (False,) * num_stages
+        default = (True, True, True, False)[:num_stages]
+        self.stage_with_ce = check_stages(stage_with_ce, default, num_stages, ce_cfg)
         self.stem_ce_cfg = {**ce_cfg, **(stem_ce_cfg or {})} if ce_cfg is not None and stem_with_ce else None
         self.ce_position = ce_position
         self._random_init = kwargs.get('init_cfg') is None and kwargs.get('pretrained') is None
