@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Optional
 
 import torch
+import torch.distributed as dist
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -87,6 +88,8 @@ class ChannelEquilibrium(nn.Module):
         identity_start: Whether the block starts as the identity and CE grows in, for weights that were trained without
             it: the output is (1 - alpha) x + alpha CE(x), with a parameter alpha that starts at 0. An extension of this
             project; neither the paper nor the released network has it.
+        sync: Whether the batch of the training form is that of all processes, as in SyncBN. Otherwise each process has
+            its own statistics, and a checkpoint holds those of rank 0.
 
     Shape:
         - Input: (N, C, H, W), any floating dtype.
@@ -113,6 +116,7 @@ class ChannelEquilibrium(nn.Module):
         eps: float = 1e-5,
         momentum: float = 0.1,
         identity_start: bool = False,
+        sync: bool = False,
     ) -> None:
         super().__init__()
         self.in_channels = in_channels
@@ -127,6 +131,7 @@ class ChannelEquilibrium(nn.Module):
             raise ValueError(f'momentum must be in (0, 1], got {momentum}')
         self.num_groups = in_channels // self.group_size
         self.momentum = momentum
+        self.sync = sync
         self.theta = nn.Parameter(torch.zeros(1))
         self.alpha = nn.Parameter(torch.zeros(1)) if identity_start else None
         self.bd = BatchDecorrelation(self.num_groups, self.group_size, num_iterations, eps)
@@ -151,11 +156,18 @@ class ChannelEquilibrium(nn.Module):
             running_scale=None if self.training else self.ir.running_scale,
             alpha=self.alpha,
             affine=None if norm is None else affine_of(norm),
+            process_group=self._process_group(),
         )
         # Activation checkpointing runs the forward pass again inside the backward pass: that one must not count.
         if self.training and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1):
             self._update(mean, whitening, scale)
         return out
+
+    def _process_group(self) -> Optional[dist.ProcessGroup]:
+        """Return the processes that statistics are taken over; None for this one alone."""
+        if not (self.sync and self.training and dist.is_available() and dist.is_initialized()):
+            return None
+        return dist.group.WORLD if dist.get_world_size() > 1 else None
 
     @torch.no_grad()
     def _update(self, mean: Tensor, whitening: Tensor, scale: Tensor) -> None:
@@ -186,7 +198,7 @@ class ChannelEquilibrium(nn.Module):
     def extra_repr(self) -> str:
         """Describe the arguments that shape the block."""
         text = f'{self.in_channels}, num_channels={self.group_size}, num_iterations={self.bd.num_iterations}'
-        return text if self.alpha is None else f'{text}, identity_start=True'
+        return text + ', identity_start=True' * (self.alpha is not None) + ', sync=True' * self.sync
 
 
 def _group_size(in_channels: int, num_channels: int) -> int:

@@ -20,6 +20,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Optional
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
@@ -62,6 +63,7 @@ def channel_equilibrium(
     running_scale: Optional[Tensor] = None,
     alpha: Optional[Tensor] = None,
     affine: Optional[Affine] = None,
+    process_group: Optional[dist.ProcessGroup] = None,
 ) -> CEOutput:
     """Apply Channel Equilibrium to ``x``: ``channel_equilibrium_reference``, fast.
 
@@ -83,6 +85,8 @@ def channel_equilibrium(
         running_scale: (1,), s of the evaluation form.
         alpha: (1,), the share of CE in the output, the rest being the input; None for CE alone.
         affine: The norm in evaluation before CE, folded into M.
+        process_group: The processes whose samples together are the batch of the training form, as in SyncBN; None for
+            this process alone. Every process must call the function, and run its backward pass, equally often.
 
     Returns:
         The output, in the dtype and memory format of ``x``, differentiable once; and the statistics it was computed
@@ -90,7 +94,7 @@ def channel_equilibrium(
     """
     evaluation = running_whitening is not None and running_scale is not None
     running = (running_whitening, running_scale) if evaluation else None
-    options = _Options(group_size, num_iterations, eps, running)
+    options = _Options(group_size, num_iterations, eps, running, None if evaluation else process_group)
     inputs = (*(affine or (None, None)), alpha, theta, fc1_weight, norm_weight, norm_bias, fc2_weight)
     with no_autocast(x):
         if torch.jit.is_tracing():  # the same, in operations that a trace records
@@ -116,12 +120,15 @@ class _Options(NamedTuple):
     num_iterations: int
     eps: float
     running: Optional[tuple[Tensor, Tensor]]  # P_T and s, in evaluation
+    process_group: Optional[dist.ProcessGroup]  # over which the batch extends, in training
 
 
 class _Terms(NamedTuple):
     """What lies between the reductions and the product; None where the form of CE, or no norm before it, needs none."""
 
     means: Tensor  # (N, G, d), m, of z
+    samples: Optional[Tensor]  # (1,), samples of all processes
+    positions: Optional[Tensor]  # (1,), N L of all processes
     between: Optional[Tensor]  # (G, N, d), m less its mean over the samples
     covariance: Optional[Tensor]  # (G, d, d), of z over samples and positions, biased
     mean: Optional[Tensor]  # (G, d, 1), mu
@@ -168,15 +175,24 @@ def _terms(
     rectified = F.relu(normed)
     gate = torch.sigmoid(F.linear(rectified, w2))
 
-    between = covariance = mean = trace = normalized = has_variance = None
+    samples = positions = between = covariance = mean = trace = normalized = has_variance = None
     if options.running is None:
+        sample_means = means if weight is None else weight * means + bias
+        center, mean_square = means.mean(0), sample_means.square().mean().view(1)
+        mean_variance = variance.mean().view(1)
+        group = options.process_group
+        if group is not None:
+            (center, positions), (mean_variance, samples), (mean_square, _) = _means_over_processes(
+                group, (center, n * length), (mean_variance, n), (mean_square, n)
+            )
         # Sigma: the covariance within the samples, and that of their means
-        center = means.mean(0)
         between = (means - center).transpose(0, 1)
         covariance = torch.baddbmm(squares.sum(0), between.transpose(1, 2), between, beta=1 / (n * length), alpha=1 / n)
-        sigma, sample_means = covariance, means
+        if group is not None:
+            ((covariance, _),) = _means_over_processes(group, (covariance, n * length))
+        sigma = covariance
         if weight is not None:
-            center, sample_means = weight * center + bias, weight * means + bias
+            center = weight * center + bias
             sigma = weight[:, :, None] * covariance * weight[:, None, :]
         mean = center[..., None]
         sigma = sigma + options.eps * torch.eye(d, dtype=sigma.dtype, device=sigma.device)
@@ -185,9 +201,8 @@ def _terms(
         whitening = inverse_sqrt_newton(normalized, options.num_iterations)
         # s. A batch without spatial variance (all-zero, constant or 1x1 maps; the network's first step when
         # zero_init_residual zeroes the norm before CE) has nothing to be equalized: s = 1, where the formula has 0/0.
-        mean_variance = variance.mean().view(1)
         rounding = (8 * torch.finfo(variance.dtype).eps) ** 2
-        has_variance = mean_variance > rounding * sample_means.square().mean()
+        has_variance = mean_variance > rounding * mean_square
         scale = torch.where(has_variance, mean_variance, 1.0).sqrt()
     else:
         # Copied: a training pass may update the buffers in place before the backward pass of this one
@@ -203,8 +218,8 @@ def _terms(
     if weight is not None:
         folded, constant = matrix * weight[:, None, :], matrix @ bias[:, :, None]
     return _Terms(
-        means, between, covariance, mean, own_variance, variance, trace, normalized, whitening, has_variance, scale,
-        hidden, *hidden_moments, rectified, gate, lam, equalizer, matrix, folded, constant,
+        means, samples, positions, between, covariance, mean, own_variance, variance, trace, normalized, whitening,
+        has_variance, scale, hidden, *hidden_moments, rectified, gate, lam, equalizer, matrix, folded, constant,
     )  # fmt: skip
 
 
@@ -258,6 +273,9 @@ class _ChannelEquilibrium(torch.autograd.Function):
             reweighting = t.gate / t.scale
             towards_whitening, towards_scale = (d_whitening * t.whitening).sum(), (d_reweighting * reweighting).sum()
             d_theta = (1 - t.lam) * towards_whitening - t.lam * towards_scale
+            group = ctx.options.process_group
+            if group is not None:  # P and s come from all processes and serve all
+                d_whitening, towards_scale = _sum_over_processes(group, d_whitening, towards_scale.view(1))
 
             # gate = sigmoid(W2 relu(LayerNorm(W1 v)))
             d_logits = d_reweighting * reweighting * (1 - t.gate)
@@ -271,7 +289,8 @@ class _ChannelEquilibrium(torch.autograd.Function):
 
             if ctx.options.running is None:
                 # s = sqrt(mean(v))
-                d_variance = d_variance - t.has_variance * towards_scale / (2 * t.scale.square() * d_variance.numel())
+                count = (n if group is None else t.samples) * g * d
+                d_variance = d_variance - t.has_variance * towards_scale / (2 * t.scale.square() * count)
             d_variance = d_variance.view(n, g, d)
             if weight is not None:  # v = a^2 diag(S) / (L - 1)
                 d_weight += 2 * weight * (t.own_variance * d_variance).sum(0)
@@ -285,11 +304,14 @@ class _ChannelEquilibrium(torch.autograd.Function):
                 along = (d_normalized * t.normalized).sum((1, 2), keepdim=True)
                 d_sigma = (d_normalized - along * torch.eye(d, dtype=dy.dtype, device=dy.device)) / t.trace
                 if weight is not None:
-                    d_weight += 2 * (d_sigma * t.covariance * weight[:, None, :]).sum(2)
+                    # All processes compute the same here, and their gradients will be added
+                    share = 1 if group is None else group.size()
+                    d_weight += 2 / share * (d_sigma * t.covariance * weight[:, None, :]).sum(2)
                     d_sigma = weight[:, :, None] * d_sigma * weight[:, None, :]
                 if ctx.needs_input_grad[0]:
-                    d_means = torch.bmm(t.between, d_sigma).transpose(0, 1) * (2 / n)
-                    symmetric = d_sigma * (2 / (n * length)) + d_diagonal.diag_embed()
+                    positions = n * length if group is None else t.positions
+                    d_means = torch.bmm(t.between, d_sigma).transpose(0, 1) * (2 * length / positions)
+                    symmetric = d_sigma * (2 / positions) + d_diagonal.diag_embed()
                     constant = d_means[..., None] / length - symmetric @ t.means[..., None]
                     d_x = _multiply(t.folded.transpose(2, 3), constant, dy)
                     d_x.baddbmm_(symmetric.view(-1, d, d), flat)
@@ -340,3 +362,19 @@ def _multiply(matrix: Tensor, constant: Optional[Tensor], flat: Tensor, out: Opt
     if constant is None:
         return torch.bmm(matrix, flat, out=out)
     return torch.baddbmm(constant.flatten(0, 1), matrix, flat, out=out)
+
+
+def _sum_over_processes(group: dist.ProcessGroup, *values: Tensor) -> list[Tensor]:
+    """Return the sums of values over the processes of a group, in one exchange."""
+    flat = torch.cat([value.flatten() for value in values])
+    dist.all_reduce(flat, group=group)
+    return [part.view(value.shape) for part, value in zip(flat.split([v.numel() for v in values]), values)]
+
+
+def _means_over_processes(group: dist.ProcessGroup, *weighted: tuple[Tensor, int]) -> list[tuple[Tensor, Tensor]]:
+    """Return each value's mean over the processes, weighted with the integer beside it, and the sum of the weights."""
+    means, weights = zip(*weighted)
+    *sums, totals = _sum_over_processes(
+        group, *(mean * weight for mean, weight in weighted), means[0].new_tensor(weights)
+    )
+    return [(value / total, total) for value, total in zip(sums, totals.split(1))]

@@ -13,6 +13,7 @@ from conftest import ROOT
 from mmdet.models import ResNet
 from mmdet.registry import MODELS
 from mmengine.config import Config
+from mmengine.model import convert_sync_batchnorm, revert_sync_batchnorm
 from torch.nn.modules.batchnorm import _BatchNorm
 from utils import assert_agree, randomize
 
@@ -260,16 +261,30 @@ def test_fresh_backbone_in_eval_is_finite():
 # ---- life in a training framework ----
 
 
-def test_state_survives_deepcopy_and_sync_bn_conversion():
-    backbone = randomize(CEResNet(depth=18, **TINY)).eval()
-    x = torch.randn(1, 3, 32, 32)
-    expected = backbone(x)
-    for other in (
-        copy.deepcopy(backbone),
-        torch.nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(backbone)),
-    ):
-        assert ce_names(other) == ce_names(backbone)
-        assert all(torch.equal(a, b) for a, b in zip(expected, other(x)))
+CHANGES = {
+    'deepcopy': copy.deepcopy,
+    'torch': torch.nn.SyncBatchNorm.convert_sync_batchnorm,
+    'mmengine': lambda m: convert_sync_batchnorm(m, 'torch'),
+    'there and back': lambda m: revert_sync_batchnorm(convert_sync_batchnorm(m, 'torch')),
+}
+
+
+@pytest.mark.parametrize('change', CHANGES.values(), ids=CHANGES.keys())
+@pytest.mark.parametrize('training', [True, False])
+def test_state_survives_deepcopy_and_sync_bn_conversion(change, training):
+    """What mmengine does for ``sync_bn``, and on one GPU to a config of SyncBN, leaves CE alone."""
+    backbone = randomize(CEResNet(depth=18, ce_eval=False, ce_cfg=dict(num_channels=16, sync=True), **TINY))
+    backbone.train(training)
+    other = change(copy.deepcopy(backbone)).train(training)
+    assert [(name, type(ce), ce.sync) for name, ce in other.named_ce()] == [
+        (name, ChannelEquilibrium, True) for name, _ in backbone.named_ce()
+    ]
+    x = torch.randn(2, 3, 32, 32)
+    for a, b in zip(backbone(x), other(x)):
+        assert_agree(b, a, 1e-5)
+    state = backbone.state_dict()
+    assert other.state_dict().keys() == state.keys()
+    assert all(torch.allclose(t, state[key], atol=1e-5) for key, t in other.state_dict().items())
 
 
 def test_autocast_trains_finite():
