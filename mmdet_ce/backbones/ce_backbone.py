@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Callable, Optional
 
@@ -12,6 +13,7 @@ from mmdet.registry import MODELS
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from ..layers import ChannelEquilibrium
@@ -66,9 +68,27 @@ def _has_hooks(module: nn.Module) -> bool:
 
 def run_block(block: BaseModule, inner_forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Run a block's inner forward, under activation checkpointing if the block asks for it."""
-    if block.with_cp and x.requires_grad:
+    if not (block.with_cp and x.requires_grad):
+        return inner_forward(x)
+    if torch.compiler.is_compiling():  # what is recomputed there updates nothing
         return checkpoint(inner_forward, x, use_reentrant=False)
-    return inner_forward(x)
+    return checkpoint(inner_forward, x, use_reentrant=False, context_fn=lambda: (nullcontext(), norms_at_rest(block)))
+
+
+@contextmanager
+def norms_at_rest(block: nn.Module) -> Iterator[None]:
+    """Keep the running values of a block's BatchNorms, as in the recomputation of a batch that has been counted.
+
+    (CE sees by itself that it is recomputed, since it may stand in a block of mmdet's.)
+    """
+    norms = [(m, m.momentum, m.num_batches_tracked) for m in block.modules() if isinstance(m, _BatchNorm)]
+    for norm, *_ in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, momentum, count in norms:
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 class CEBackbone(BaseModule):

@@ -209,10 +209,11 @@ def test_ce_follows_norm_eval_and_frozen_stages(norm_eval, ce_eval, frozen_stage
 
 
 @pytest.mark.parametrize('depth', [18, 50])
-def test_with_cp_gives_the_same_ce_buffers_and_gradients(depth):
+@pytest.mark.parametrize('norm_eval', [True, False])
+def test_with_cp_gives_the_same_buffers_and_gradients(depth, norm_eval):
     torch.manual_seed(2)
-    plain = CEResNet(depth=depth, norm_eval=True, ce_eval=False, **TINY)
-    other = CEResNet(depth=depth, norm_eval=True, ce_eval=False, with_cp=True, **TINY)
+    plain = CEResNet(depth=depth, norm_eval=norm_eval, ce_eval=False, **TINY)
+    other = CEResNet(depth=depth, norm_eval=norm_eval, ce_eval=False, with_cp=True, **TINY)
     other.load_state_dict(plain.state_dict())
     plain.train(), other.train()
     for _ in range(5):
@@ -222,8 +223,8 @@ def test_with_cp_gives_the_same_ce_buffers_and_gradients(depth):
             sum(o.square().mean() for o in model(x)).backward()
     for (name, a), b in zip(plain.named_parameters(), other.parameters()):
         assert_agree(b.grad, a.grad, 1e-6, name)
-    for key, value in buffers(plain).items():
-        assert torch.equal(value, buffers(other)[key]), key
+    for (key, value), copied in zip(plain.named_buffers(), other.buffers()):
+        assert torch.equal(value, copied), key
 
 
 # ---- statistics that no data ever updated ----
