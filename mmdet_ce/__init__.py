@@ -10,7 +10,7 @@ from .version import __version__
 check_environment()
 
 from .backbones import CEMobileNetV2, CEResNet, CEResNetV1d, CEResNeXt  # noqa: E402
-from .hooks import CECalibrationHook  # noqa: E402
+from .hooks import CECalibrationHook, ChannelStatisticsHook  # noqa: E402
 from .layers import ChannelEquilibrium  # noqa: E402
 from .safe_globals import register_safe_globals  # noqa: E402
 
@@ -23,5 +23,6 @@ __all__ = [
     'CEResNet',
     'CEResNetV1d',
     'ChannelEquilibrium',
+    'ChannelStatisticsHook',
     '__version__',
 ]

@@ -14,27 +14,12 @@ import sys
 import time
 from pathlib import Path
 
-import matplotlib
-import numpy as np
-import torch
 from make_shapes_dataset import make_dataset
-from mmdet.registry import DATASETS
-from mmdet.utils import register_all_modules
-from mmdet.visualization import DetLocalVisualizer
 from mmengine.config import Config
-from mmengine.fileio import load
-from mmengine.structures import InstanceData
-from pycocotools import mask as coco_mask
-
-matplotlib.use('Agg')
-from matplotlib import pyplot as plt  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = Path('configs/demo/mask-rcnn_r18-ce_fpn_8e_shapes.py')
 DATA = Path('data/shapes')
-ZOOM = 4  # the pictures show the 128-pixel images enlarged
-NUM_PICTURES = 12
-SCORE_THRESHOLD = 0.5
 
 
 def run(*command: str) -> None:
@@ -48,52 +33,6 @@ def read_metrics(work_dir: Path) -> dict[str, float]:
     """Return the metrics of the newest test run in ``work_dir``, as mmengine wrote them."""
     newest = max(work_dir.glob('*/*.json'), key=lambda path: path.stat().st_mtime)
     return json.loads(newest.read_text())
-
-
-def zoomed(prediction: dict) -> InstanceData:
-    """Return the instances of a dumped prediction in the coordinates of the enlarged image."""
-    masks = np.stack([coco_mask.decode(m) for m in prediction['masks']]) if prediction['masks'] else np.zeros((0, 1, 1))
-    return InstanceData(
-        bboxes=prediction['bboxes'] * ZOOM,
-        labels=prediction['labels'],
-        scores=prediction['scores'],
-        masks=torch.from_numpy(masks.repeat(ZOOM, 1).repeat(ZOOM, 2).astype(bool)),
-    )
-
-
-def draw_detections(predictions: Path, out_file: Path) -> None:
-    """Draw ground truth beside detections for the first validation images."""
-    register_all_modules()
-    cfg = Config.fromfile(CONFIG)
-    dataset_cfg = cfg.test_dataloader.dataset
-    for transform in dataset_cfg.pipeline:
-        if transform.type == 'Resize':
-            transform.scale = tuple(ZOOM * side for side in transform.scale)
-    # Annotations are to be enlarged together with the image.
-    dataset_cfg.pipeline.sort(key=lambda t: ('Load', 'Resi', 'Pack').index(t.type[:4]))
-    dataset = DATASETS.build(dataset_cfg)
-    by_id = {prediction['img_id']: prediction['pred_instances'] for prediction in load(predictions)}
-
-    visualizer = DetLocalVisualizer()
-    visualizer.dataset_meta = dataset.metainfo
-    rows = NUM_PICTURES // 3
-    figure, axes = plt.subplots(rows, 6, figsize=(15, 2.6 * rows), layout='constrained', squeeze=False)
-    for index, (truth, found) in enumerate(axes.reshape(-1, 2)):
-        item = dataset[index]
-        image = item['inputs'].permute(1, 2, 0).numpy()[..., ::-1].copy()
-        sample = item['data_samples']
-        sample.gt_instances.bboxes = sample.gt_instances.bboxes.tensor  # the visualizer draws plain tensors
-        sample.pred_instances = zoomed(by_id[sample.img_id])
-        for axis, what in ((truth, 'gt'), (found, 'pred')):
-            visualizer.add_datasample(
-                'demo', image, sample, draw_gt=what == 'gt', draw_pred=what == 'pred', pred_score_thr=SCORE_THRESHOLD
-            )
-            axis.imshow(visualizer.get_image())
-            axis.axis('off')
-        if index < 3:
-            truth.set_title('ground truth')
-            found.set_title(f'detections, score over {SCORE_THRESHOLD}')
-    figure.savefig(out_file, dpi=110)
 
 
 def main() -> None:
@@ -111,7 +50,8 @@ def main() -> None:
     run('tools/train.py', str(CONFIG), '--work-dir', str(args.work_dir))
     run('tools/test.py', str(CONFIG), str(checkpoint), '--work-dir', str(args.work_dir), '--out', str(predictions))
     picture = args.work_dir / 'detections.png'
-    draw_detections(predictions, picture)
+    draw = ('tools/analysis_tools/compare_detections.py', str(CONFIG), '--predictions', 'detections', str(predictions))
+    run(*draw, '--out', str(picture))
 
     metrics = read_metrics(args.work_dir)
     print(f'\nMask R-CNN, CE-ResNet-18 of half width, {epochs} epochs of {DATA}, from random weights:')

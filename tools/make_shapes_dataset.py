@@ -104,7 +104,7 @@ def write_split(folder: Path, name: str, count: int, size: int, seed: int) -> No
                     iscrowd=0,
                 )
             )
-    categories = [dict(id=i + 1, name=name) for i, name in enumerate(CLASSES)]
+    categories = [dict(id=i + 1, name=name, supercategory='shape') for i, name in enumerate(CLASSES)]
     with open(folder / 'annotations' / f'instances_{name}.json', 'w') as file:
         json.dump(dict(images=images, annotations=annotations, categories=categories), file)
 

@@ -13,6 +13,7 @@ import calibrate
 import mmdet
 import pytest
 import torch
+from analysis_tools import compare_detections
 from conftest import ROOT
 from make_shapes_dataset import make_dataset
 from test_safe_globals import Calls
@@ -131,9 +132,9 @@ def test_demo_draws_detections(trained, folder, monkeypatch):
     arguments = [DEMO, trained / 'epoch_1.pth', '--work-dir', trained, '--out', trained / 'predictions.pkl']
     output(run(ROOT / 'tools' / 'test.py', *arguments, options=SMALL, cwd=folder))
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(demo, 'CONFIG', DEMO)
-    monkeypatch.setattr(demo, 'NUM_PICTURES', 3)
-    demo.draw_detections(trained / 'predictions.pkl', folder / 'detections.png')
+    arguments = [DEMO, '--predictions', 'ce', trained / 'predictions.pkl', '--num-images', 3, '--out', 'detections.png']
+    monkeypatch.setattr(sys, 'argv', list(map(str, ['compare_detections.py', *arguments])))
+    compare_detections.main()
     assert (folder / 'detections.png').stat().st_size > 50_000
     assert 0 <= demo.read_metrics(trained)['coco/bbox_mAP'] <= 1
 
