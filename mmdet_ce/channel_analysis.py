@@ -103,9 +103,8 @@ class LayerStatistics:
             for percent in (5, 50, 95):
                 row[f'gate_{percent}'] = quantiles[round(percent / 100 * (len(quantiles) - 1))].item()
             before = self.before_ce().measures(relative_threshold, absolute_threshold)
-            row.update(
-                {f'{key}_before': before[key] for key in ('inhibited_relative', 'inhibited_absolute', 'entropy')}
-            )
+            for key in ('inhibited_relative', 'inhibited_absolute', 'entropy'):
+                row[f'{key}_before'] = before[key]
             row['off_diagonal_before'] = self.ce.off_diagonal_before
             row['off_diagonal_after'] = self.ce.off_diagonal_after
         return row

@@ -19,9 +19,8 @@ class ChannelStatisticsHook(Hook):
 
     Every ``interval`` iterations the images of the present batch pass through the backbone once more, in evaluation and
     without gradients, on the first rank only. So the training itself is not looked into: its weights stay the same to
-    the bit, whatever it uses (mixed precision, activation checkpointing, accumulated gradients, several processes), and
-    the values are those that tools/analysis_tools/analyze_channels.py prints of a checkpoint, from fewer images.
-    Layers are those of ``mmdet_ce.channel_analysis``; a network without CE can be watched too.
+    the bit, and the values are those that tools/analysis_tools/analyze_channels.py prints of a checkpoint, from fewer
+    images. Layers are those of ``mmdet_ce.channel_analysis``; a network without CE can be watched too.
 
     - ``inhibited``: share of channels under ``relative_threshold`` of the layer's mean contribution.
     - ``lambda``: share of batch decorrelation in CE.

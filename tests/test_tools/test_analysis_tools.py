@@ -59,7 +59,7 @@ def test_plain_against_ce(call, folder, capsys):
     models = ['--model', 'without', PLAIN, 'plain.pth', '--model', 'with', CE, 'ce.pth']
     assert call(analyze_channels, *models, '--num-images', 2, '--out-dir', 'both', *SMALL) is None
     printed = capsys.readouterr().out
-    assert 'without: 2 images' in printed and 'where CE sits, channels under 5% of the mean: without' in printed
+    assert 'without: 2 images' in printed and 'inhibited channels, where CE sits: without' in printed
 
     table = csv.DictReader((folder / 'both' / 'channels.csv').read_text().splitlines())
     rows = {(row['model'], row['layer']): row for row in table}
@@ -73,7 +73,7 @@ def test_plain_against_ce(call, folder, capsys):
     low = (contribution <= 0.05 * contribution.mean()).double().mean().item()
     assert row['inhibited_relative'] == low == float(rows['with', 'layer3.1.bn2']['inhibited_relative'])
     groups = [(row['model'], row['group'], row['layers']) for row in record['summary']]
-    assert groups[:3] == [('without', 'ce', 7), ('with, before CE', 'ce', 7), ('with', 'ce', 7)]
+    assert groups[:3] == [('without', 'ce', 7), ('with', 'before', 7), ('with', 'ce', 7)]
     assert {group[1:] for group in groups[3:]} == {('other', 10), ('output', 4)}
     picture = cv2.imread(str(folder / 'both' / 'channels.png'))
     assert picture.shape[0] > 900 and picture.std() > 10
@@ -139,7 +139,9 @@ def test_detections_beside_ground_truth(call, folder, predictions):
     assert call(compare_detections, *arguments, '--out', 'pictures/both.png') is None
     picture = cv2.imread(str(folder / 'pictures' / 'both.png')).astype(float)
     truth, found, nothing = (picture[40:, 275 * i : 275 * (i + 1)] for i in range(3))
-    assert abs(truth - found).mean() < 0.3 * abs(truth - nothing).mean()
+    # mmdet varies the colours of masks at random, so what is compared is where something was drawn
+    truth, found = (abs(drawn - nothing).max(axis=2) > 20 for drawn in (truth, found))
+    assert (truth & found).sum() > 0.7 * (truth | found).sum() > 1000
 
 
 def test_detections_are_resized(predictions):

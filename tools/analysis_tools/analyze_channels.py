@@ -50,7 +50,7 @@ from matplotlib import pyplot as plt  # noqa: E402
 COLOURS = ['#d55e00', '#0072b2', '#009e73', '#cc79a7']  # told apart with any kind of colour vision (Okabe and Ito)
 MARKERS = 'osD^'
 FLOOR = 1e-3  # of the logarithmic axes of contribution; what is lower is drawn there
-GROUPS = dict(ce='where CE sits', other='elsewhere', output='outputs')  # of layers
+GROUPS = dict(ce='where CE sits', before='there, before CE', other='elsewhere', output='outputs')  # of layers
 Models = dict[str, dict[str, LayerStatistics]]
 
 
@@ -140,7 +140,7 @@ def summarize_all(models: Models, args: argparse.Namespace) -> list[dict[str, An
             ce = [layer.ce for layer in chosen if layer.ce is not None]
             if ce:
                 before = [layer.before_ce() for layer in chosen]
-                rows.append(dict(model=f'{model}, before CE', group=group, **summarize(before, args)))
+                rows.append(dict(model=model, group='before', **summarize(before, args)))
             row = dict(model=model, group=group, **summarize(chosen, args))
             if ce:
                 row['lambda'] = np.mean([c.lam for c in ce]).item()
@@ -150,16 +150,12 @@ def summarize_all(models: Models, args: argparse.Namespace) -> list[dict[str, An
     return rows
 
 
-def bottom_line(summary: list[dict[str, Any]], args: argparse.Namespace) -> str:
+def bottom_line(summary: list[dict[str, Any]]) -> str:
     """Say in words what the numbers are, a line for each group of layers."""
     lines = []
     for group in dict.fromkeys(row['group'] for row in summary):
-        shares = [
-            f'{row["model"]} {row["inhibited_relative"]:.1%} (entropy {row["entropy"]:.3f})'
-            for row in summary
-            if row['group'] == group
-        ]
-        lines.append(f'{GROUPS[group]}, channels under {args.relative_threshold:.0%} of the mean: {"; ".join(shares)}')
+        shares = [f'{row["model"]} {row["inhibited_relative"]:.1%}' for row in summary if row['group'] == group]
+        lines.append(f'inhibited channels, {GROUPS[group]}: {"; ".join(shares)}')
     return '\n'.join(lines)
 
 
@@ -180,7 +176,7 @@ def report(models: Models, args: argparse.Namespace) -> None:
         if 'lambda' in row:
             cells += [f'{row["lambda"]:.3f}', f'{row["off_diagonal_before"]:.2f} > {row["off_diagonal_after"]:.2f}']
         table.add_row(*cells)
-    lines = bottom_line(summary, args)
+    lines = bottom_line(summary)
     console = Console()
     console.print(table, lines, highlight=False)
 
@@ -196,7 +192,7 @@ def report(models: Models, args: argparse.Namespace) -> None:
         row['contribution'] = layer.contribution.tolist()
         row['gamma'] = None if layer.gamma is None else layer.gamma.tolist()
     thresholds = dict(relative=args.relative_threshold, absolute=args.absolute_threshold)
-    record = dict(models=args.model, thresholds=thresholds, summary=summary, layers=rows)
+    record = dict(models=args.model, num_images=args.num_images, thresholds=thresholds, summary=summary, layers=rows)
     (args.out_dir / 'channels.json').write_text(json.dumps(record))
     draw(models, lines, args)
     console.print(f'written: {", ".join(str(args.out_dir / f"channels.{end}") for end in ("json", "csv", "png"))}')
@@ -251,8 +247,9 @@ def draw(models: Models, lines: str, args: argparse.Namespace) -> None:
     axes['gamma'].set_xlabel("|gamma| of the channel's norm / mean of the layer")
     for key in ('sorted', 'gamma'):
         axes[key].set(yscale='log', ylabel='contribution / mean of the layer')
-    for axis in axes.values():
-        axis.legend(fontsize=8)
+    for key, axis in axes.items():
+        if key != 'entropy':  # has the legend of the panel above it
+            axis.legend(fontsize=8)
         axis.grid(alpha=0.25)
         axis.spines[['top', 'right']].set_visible(False)
     figure.suptitle(textwrap.fill(lines.splitlines()[0], 120), fontsize=11)
