@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Optional
 
 from mmengine.config import Config
 
+from .checkpoint_io import find_damage
 from .loading import missing_weights_message
 
 CE_TYPES = ('CEMobileNetV2', 'CEResNeXt', 'CEResNet', 'CEResNetV1d', 'ChannelEquilibrium')
@@ -81,17 +81,9 @@ def _is_missing(path: Any) -> bool:
 
 
 def _damage(path: Any) -> Optional[str]:
-    """Return what a glance at a local file shows to be wrong with it as a checkpoint."""
+    """Return what is wrong with a local file as a checkpoint."""
     path = Path(path).expanduser()
-    if not path.is_file():
-        return None
-    with open(path, 'rb') as file:
-        start = file.read(2)
-    if start == b'PK' and not zipfile.is_zipfile(path):
-        return 'is incomplete: it starts as a checkpoint and does not end as one'
-    if start[:1] not in (b'P', b'\x80'):  # torch.save's zip archive, or the bare pickle of old versions
-        return 'is empty' if not start else 'is not a checkpoint of torch.save'
-    return None
+    return find_damage(path) if path.is_file() else None
 
 
 def _dataset_problems(dataset: dict, where: str) -> list[str]:

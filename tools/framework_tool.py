@@ -16,9 +16,10 @@ os.environ.setdefault('PYTHONWARNINGS', 'ignore:pkg_resources is deprecated:User
 
 from mmengine.config import Config  # noqa: E402
 
-from mmdet_ce.checkpoint_io import refusal_reason  # noqa: E402
+from mmdet_ce.checkpoint_io import CheckpointFileError, refusal_reason  # noqa: E402
 from mmdet_ce.loading import CheckpointMismatchError  # noqa: E402
 from mmdet_ce.preflight import find_problems  # noqa: E402
+from mmdet_ce.resume import prepare_resume  # noqa: E402
 
 
 def framework_of(arguments: list[str]) -> str:
@@ -84,5 +85,15 @@ def check(args, split: str) -> list[str]:
     cfg = Config.fromfile(args.config)
     if args.cfg_options is not None:
         cfg.merge_from_dict(args.cfg_options)
-    checkpoint = getattr(args, 'checkpoint', None) or getattr(args, 'resume', None)
-    return find_problems(cfg, split, None if checkpoint == 'auto' else checkpoint)
+    if split == 'test':
+        return find_problems(cfg, split, args.checkpoint)
+    auto = args.resume == 'auto' or (args.resume is None and cfg.get('resume') and not cfg.get('load_from'))
+    problems = find_problems(cfg, split, None if auto else args.resume)
+    if auto and not problems:
+        try:
+            note = prepare_resume(args.work_dir or cfg.get('work_dir') or Path('work_dirs', Path(args.config).stem))
+        except CheckpointFileError as error:
+            return [str(error)]
+        if note:
+            print(note)
+    return problems

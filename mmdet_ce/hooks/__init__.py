@@ -1,6 +1,7 @@
 """Hooks for mmengine's Runner."""
 
+from .atomic_checkpoint_hook import AtomicCheckpointHook
 from .calibration_hook import CECalibrationHook
 from .channel_statistics_hook import ChannelStatisticsHook
 
-__all__ = ['CECalibrationHook', 'ChannelStatisticsHook']
+__all__ = ['AtomicCheckpointHook', 'CECalibrationHook', 'ChannelStatisticsHook']
