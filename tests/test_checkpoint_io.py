@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from mmdet_ce.checkpoint_io import CheckpointFileError, read_checkpoint, sha256, write_checkpoint
+from mmdet_ce.checkpoint_io import CheckpointFileError, find_damage, read_checkpoint, sha256, write_checkpoint
 
 
 class Hostile:
@@ -43,6 +43,23 @@ def test_unreadable_files(content, message, tmp_path):
     with pytest.raises(CheckpointFileError, match=message):
         read_checkpoint(path)
     assert not marker.exists()
+
+
+def test_find_damage(tmp_path):
+    path = tmp_path / 'a.pth'
+    torch.save({'w': torch.full((100,), 7.0), 'b': torch.full((50,), 7.0)}, path)
+    data = path.read_bytes()
+    assert find_damage(path) is None
+    for length in (2, *range(50, len(data), 50), len(data) - 1):
+        path.write_bytes(data[:length])
+        assert find_damage(path) == 'is incomplete: it starts as a checkpoint and does not end as one'
+    value = torch.tensor(7.0).numpy().tobytes()
+    for position in (data.index(value), data.rindex(value)):
+        path.write_bytes(data[:position] + b'x' + data[position + 1 :])
+        assert 'is damaged: the checksum of a/data/' in find_damage(path)
+    torch.save({'w': torch.zeros(1)}, path, _use_new_zipfile_serialization=False)
+    assert find_damage(path) is None
+    assert find_damage(tmp_path) == 'cannot be read (Is a directory)'
 
 
 def test_round_trip_replaces_and_leaves_nothing_beside(tmp_path):

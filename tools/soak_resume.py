@@ -195,7 +195,7 @@ class Training:
             if in_writing:
                 writes |= {name.strip('.').split('.pth')[0] for name in self.files() if name not in known}
                 if len(writes) >= wanted:
-                    time.sleep(rng.uniform(0, 0.04))
+                    time.sleep(rng.uniform(0, 0.01))
                     break
             elif time.monotonic() > start + life:
                 break

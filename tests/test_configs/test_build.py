@@ -27,6 +27,7 @@ def test_config_builds_anywhere(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cfg = Config.fromfile(path)
     assert cfg.custom_imports == dict(imports=['mmdet_ce'], allow_failed_imports=False)
+    assert cfg.default_hooks.checkpoint.type == 'AtomicCheckpointHook'
     assert NAME.fullmatch(path.stem)
     model = MODELS.build(cfg.model)
     if '-ce' not in path.stem:  # the baseline

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import calibrate
+import framework_tool
 import mmdet
 import pytest
 import torch
@@ -68,9 +69,13 @@ def trained(folder):
 
 
 def test_resume_continues(trained, folder):
+    """After a kill, too: here one that left the newest checkpoint truncated, and none named."""
+    (trained / 'epoch_2.pth').write_bytes((trained / 'epoch_1.pth').read_bytes()[:100_000])
+    (trained / 'last_checkpoint').write_text('')
     options = [*SMALL, 'train_cfg.max_epochs=2', 'train_dataloader.batch_size=4']
     text = output(run(ROOT / 'tools' / 'train.py', DEMO, '--work-dir', 'run', '--resume', options=options, cwd=folder))
-    assert 'resumed epoch: 1, iter: 2' in text
+    assert f'resuming from {trained / "epoch_1.pth"}, the newest whole checkpoint' in text
+    assert 'epoch_2.pth is incomplete' in text and 'resumed epoch: 1, iter: 2' in text
     assert re.search(r'Epoch\(train\)\s+\[2\]\[2/2\]', text) or 'Saving checkpoint at 2 epochs' in text
     first, second = (torch.load(trained / f'epoch_{n}.pth') for n in (1, 2))
     key = 'backbone.layer1.0.ce.bd.running_whitening'
@@ -173,6 +178,19 @@ def test_bad_input_is_one_line(folder, arguments, options, message):
     result = run(ROOT / 'tools' / 'train.py', *arguments, options=options, cwd=folder)
     assert result.returncode == 1
     assert len(result.stderr.strip().splitlines()) == 1 and result.stderr.startswith(message)
+
+
+def test_nothing_whole_to_resume_from_is_one_line(folder, monkeypatch):
+    work_dir = folder / 'killed'
+    work_dir.mkdir()
+    (work_dir / 'epoch_1.pth').write_bytes(b'PK')
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, 'argv', ['train.py', str(DEMO), '--work-dir', str(work_dir), '--resume'])
+    with pytest.raises(SystemExit, match='^error: no whole checkpoint to resume from in [^\n]+ without --resume$'):
+        framework_tool.run('train.py')
+    monkeypatch.setattr(sys, 'argv', [*sys.argv[:-1], '--cfg-options', 'resume=True'])
+    with pytest.raises(SystemExit, match='^error: no whole checkpoint to resume from in '):
+        framework_tool.run('train.py')
 
 
 def test_two_processes(folder, tmp_path):

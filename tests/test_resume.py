@@ -1,0 +1,114 @@
+"""Which checkpoint a training is resumed from."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmdet_ce.checkpoint_io import CheckpointFileError
+from mmdet_ce.resume import prepare_resume
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """A work directory with three checkpoints, the last one named."""
+    for epoch in (1, 2, 3):
+        meta = dict(time=f'20250101_00000{epoch}', iter=10 * epoch, epoch=epoch)
+        path = tmp_path / f'epoch_{epoch}.pth'
+        torch.save(dict(meta=meta, state_dict=dict(w=torch.zeros(1000))), path)
+        os.utime(path, (epoch, epoch))
+    name(tmp_path, tmp_path / 'epoch_3.pth')
+    return tmp_path
+
+
+def name(run: Path, text: str | Path, time: float = 4) -> None:
+    (run / 'last_checkpoint').write_text(str(text))
+    os.utime(run / 'last_checkpoint', (time, time))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-500])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def named(run: Path) -> str:
+    return Path((run / 'last_checkpoint').read_text()).name
+
+
+def test_all_is_well(run):
+    assert prepare_resume(run) is None
+    assert named(run) == 'epoch_3.pth' and (run / 'last_checkpoint').stat().st_mtime == 4, 'not written again'
+
+
+@pytest.mark.parametrize('damage', [truncate, flip, Path.unlink, lambda path: path.write_bytes(b'')])
+def test_named_one_is_damaged(damage, run):
+    damage(run / 'epoch_3.pth')
+    note = prepare_resume(run)
+    assert note.startswith(f'resuming from {run / "epoch_2.pth"}, the newest whole checkpoint') and '\n' not in note
+    assert 'epoch_3.pth is ' in note and named(run) == 'epoch_2.pth'
+    assert prepare_resume(run) is None
+
+
+def test_nothing_named(run):
+    name(run, '')
+    assert 'epoch_3.pth' in prepare_resume(run) and named(run) == 'epoch_3.pth'
+    (run / 'last_checkpoint').unlink()
+    assert 'last_checkpoint named none' in prepare_resume(run) and named(run) == 'epoch_3.pth'
+
+
+def test_killed_before_the_newest_was_named(run):
+    name(run, run / 'epoch_2.pth', time=2.5)
+    assert 'epoch_2.pth' in prepare_resume(run) and named(run) == 'epoch_3.pth'
+
+
+def test_checkpoints_of_an_older_training_and_a_name_set_by_hand(run):
+    """Whatever else lies there, a last_checkpoint newer than all checkpoints is right."""
+    name(run, run / 'epoch_1.pth')
+    assert prepare_resume(run) is None and named(run) == 'epoch_1.pth'
+
+
+def test_moved_and_copied_folder(run, tmp_path):
+    """The times of copied files say nothing, those in the checkpoints do; the name is that of the old place."""
+    name(run, '/another/place/epoch_3.pth')
+    for epoch in (1, 2, 3):
+        os.utime(run / f'epoch_{epoch}.pth', (10 - epoch, 10 - epoch))
+    assert 'epoch_3.pth is missing' in prepare_resume(run) and named(run) == 'epoch_3.pth'
+
+
+def test_other_files_are_no_candidates(run):
+    other = torch.load(run / 'epoch_3.pth')
+    other['meta']['time'] = '20990101_000000'
+    for file in ('best_acc_epoch_3.pth', 'calibrated.pth', '.epoch_4.pth.abcdefgh.tmp'):
+        torch.save(other, run / file)
+    torch.save(dict(state_dict={}), run / 'epoch_9.pth')
+    name(run, '')
+    assert 'epoch_9.pth is not a checkpoint of a training' in prepare_resume(run) and named(run) == 'epoch_3.pth'
+
+
+def test_no_whole_one(run):
+    for path in run.glob('*.pth'):
+        truncate(path)
+    with pytest.raises(CheckpointFileError, match=r'no whole checkpoint to resume from in .*epoch_1.pth is incomplete'):
+        prepare_resume(run)
+    for path in run.glob('*.pth'):
+        path.unlink()
+    with pytest.raises(CheckpointFileError, match='epoch_3.pth is missing'):
+        prepare_resume(run)
+    name(run, '')
+    with pytest.raises(CheckpointFileError, match='last_checkpoint named none'):
+        prepare_resume(run)
+
+
+def test_new_training_and_remote_checkpoints(tmp_path):
+    assert prepare_resume(tmp_path / 'none') is None
+    assert prepare_resume(tmp_path) is None
+    name(tmp_path, 's3://bucket/epoch_3.pth')
+    assert prepare_resume(tmp_path) is None
