@@ -1,6 +1,6 @@
 """Kill a training at random moments, resume it each time, and check that nothing is lost and nothing changed.
 
-    python tools/soak_resume.py [CONFIG] --kills 20 --seeds 0 1 2 3
+    python tools/soak_resume.py [CONFIG] --kills 12 --seeds 0 1 2 3
 
 Every life of a training is ``tools/train.py --resume`` in a process group that is ended with SIGKILL: at a random
 moment, start-up included, or, every other time, while a checkpoint is written. Two trainings go through this:
@@ -15,6 +15,7 @@ After every kill all checkpoints are read, and what the next life loaded is held
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import random
@@ -120,7 +121,7 @@ class Training:
 
     def __init__(self, cfg: Config, work_dir: Path, seed: int, repeatable: bool) -> None:
         self.work_dir = work_dir
-        cfg = cfg.copy()
+        cfg = copy.deepcopy(cfg)
         cfg.randomness = dict(seed=seed)
         cfg.custom_imports.imports = [*cfg.custom_imports.imports, 'soak_resume']
         cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='SoakHook', seed=seed if repeatable else None)]
@@ -263,9 +264,9 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('config', nargs='?', default=str(CONFIG), help='(default: %(default)s)')
-    parser.add_argument('--kills', type=int, default=20, help='of each training (default: %(default)s)')
+    parser.add_argument('--kills', type=int, default=12, help='of each training (default: %(default)s)')
     parser.add_argument('--images', type=int, default=64, help='of the training set (default: %(default)s)')
-    parser.add_argument('--epochs', type=int, default=20, help='about one for each kill (default: %(default)s)')
+    parser.add_argument('--epochs', type=int, default=12, help='about one for each kill (default: %(default)s)')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2, 3], help='of mAP (default: 0 1 2 3)')
     parser.add_argument('--soak-seed', type=int, default=0, help='of the moments of the kills (default: %(default)s)')
     parser.add_argument('--out-dir', type=Path, default=Path('work_dirs/soak'), help='(default: %(default)s)')
@@ -273,6 +274,8 @@ def main() -> None:
     args = parser.parse_args()
     if not Path(args.config).is_file():
         parser.error(f'config {args.config} not found')
+    if len(args.seeds) < 2:
+        parser.error('--seeds needs two or more, for a spread')
     if args.out_dir.exists():
         parser.error(f'{args.out_dir} exists; remove it, or name another folder with --out-dir')
     cfg = Config.fromfile(args.config)

@@ -64,9 +64,9 @@ class AtomicCheckpointHook(CheckpointHook):
         """Write the checkpoint, then name it as the last one, then delete the outdated ones."""
         outdated = []
         if self.max_keep_ckpts > 0:
-            kept = [*(kept for kept in self.keep_ckpt_ids if kept != step), step]
+            kept = [*(other for other in self.keep_ckpt_ids if other != step), step]
             outdated, self.keep_ckpt_ids = kept[: -self.max_keep_ckpts], deque(kept[-self.max_keep_ckpts :])
-            # with the outdated ones: a training resumed from this checkpoint deletes them if this one comes not to it
+            # the outdated ones too: resumed from here, a training deletes those that a kill now would leave
             runner.message_hub.update_info('keep_ckpt_ids', kept)
         name = self.filename_tmpl.format(step)
         self.last_ckpt = self.file_backend.join_path(self.out_dir, name)
