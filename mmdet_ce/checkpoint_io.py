@@ -29,7 +29,8 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> Any:
         mmap: Whether a tensor is read from the file only when it is used.
 
     Raises:
-        CheckpointFileError: If there is no such file, it is damaged, or it asks for more than data.
+        CheckpointFileError: If there is no such file, it is damaged, would unpack to more than it is, or asks for more
+            than data. Nothing in it was run then.
     """
     register_safe_globals()
     path = Path(path)
@@ -38,20 +39,36 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> Any:
     if not path.stat().st_size:
         raise CheckpointFileError(f'checkpoint {path} is empty; get it again')
     try:
-        return torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
+        with open(path, 'rb') as file:
+            is_archive = file.read(2) == b'PK'
+        if is_archive and (size := _unpacked_size(path)) > path.stat().st_size:
+            raise CheckpointFileError(
+                f'checkpoint {path} was refused: it would unpack to {size} bytes, more than it has itself; expected an '
+                'archive without compression, as torch.save writes it'
+            )
+        return torch.load(path, map_location='cpu', weights_only=True, mmap=mmap and is_archive)
     except pickle.UnpicklingError as error:
         raise CheckpointFileError(f'{path}: {refusal_reason(error)}') from error
     except OSError as error:
         raise CheckpointFileError(f'checkpoint {path} cannot be read: {error.strerror or error}') from error
+    except CheckpointFileError:
+        raise
     except Exception as error:  # torch raises nearly anything for a damaged file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).split('\n')[0].split(' In PyTorch ')[0] or type(error).__name__  # without torch's advice
         raise CheckpointFileError(f'checkpoint {path} is damaged or no checkpoint ({reason}); get it again') from error
+
+
+def _unpacked_size(archive: Path) -> int:
+    """Return the bytes that an archive says it holds. Neither compression nor overlap can hide from this sum."""
+    with zipfile.ZipFile(archive) as file:
+        return sum(info.file_size for info in file.infolist())
 
 
 def refusal_reason(error: pickle.UnpicklingError) -> str:
     """Say why torch refused a file, without its advice on how to get around the refusal."""
-    causes = [line for line in str(error).splitlines() if 'GLOBAL' in line or 'Unpickler error' in line]
-    reason = causes[0].split(' Please ')[0].strip() if causes else 'its pickle cannot be read'
+    lines = [line.strip() for line in str(error).split('Check the documentation')[0].splitlines()]
+    causes = [line for line in lines if line and 'weights_only' not in line]
+    reason = causes[-1].split(' Please ')[0].removeprefix('WeightsUnpickler error: ') if causes else 'no pickle'
     return (
         'a checkpoint was refused, and nothing in it was run: it is damaged, or asks for more than tensors and the '
         f'training state of mmengine ({reason})'

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Optional
 
+from mmdet.datasets import CocoDataset
+from mmdet.registry import DATASETS
 from mmengine.config import Config
 
-from .checkpoint_io import find_damage
+from .checkpoint_io import CheckpointFileError, find_damage, read_checkpoint
 from .loading import missing_weights_message
 
 CE_TYPES = ('CEMobileNetV2', 'CEResNeXt', 'CEResNet', 'CEResNetV1d', 'ChannelEquilibrium')
 CUSTOM_IMPORTS = "custom_imports = dict(imports=['mmdet_ce'], allow_failed_imports=False)"
+MAX_READ = 10 << 20  # bytes of an annotation file: a second; COCO's own would take half a minute, at every start
 
 
 def find_problems(cfg: Config, split: str, checkpoint: Optional[str] = None) -> list[str]:
@@ -54,6 +59,8 @@ def find_problems(cfg: Config, split: str, checkpoint: Optional[str] = None) -> 
             problems.append(f'checkpoint {path} not found; expected a file that a training wrote, like epoch_12.pth')
         elif damage := _damage(path):
             problems.append(f'checkpoint {path} {damage}; use another one')
+        elif refusal := _refusal(path):
+            problems.append(refusal)
     # The framework loads these before every training, a resumed one too, and never for a test.
     for d in dicts if split == 'train' else []:
         path = d.get('checkpoint') if d.get('type') == 'Pretrained' else None
@@ -63,6 +70,8 @@ def find_problems(cfg: Config, split: str, checkpoint: Optional[str] = None) -> 
             problems.append(missing_weights_message(path))
         elif damage := _damage(path):
             problems.append(f'pretrained weights: {path} {damage}; get them again')
+        elif refusal := _refusal(path):
+            problems.append(f'pretrained weights: {refusal}')
     return list(dict.fromkeys(problems))
 
 
@@ -86,6 +95,17 @@ def _damage(path: Any) -> Optional[str]:
     return find_damage(path) if path.is_file() else None
 
 
+def _refusal(path: Any) -> Optional[str]:
+    """Say why a local checkpoint is refused."""
+    path = Path(path).expanduser()
+    try:
+        if path.is_file():  # not a remote one
+            read_checkpoint(path, mmap=True)
+    except CheckpointFileError as error:
+        return str(error)
+    return None
+
+
 def _dataset_problems(dataset: dict, where: str) -> list[str]:
     """Check one dataset config: its root, its annotation file, its image folders."""
     if dataset.get('backend_args'):
@@ -99,9 +119,39 @@ def _dataset_problems(dataset: dict, where: str) -> list[str]:
     ann_file = Path(root) / str(dataset['ann_file'])
     if dataset['ann_file'] and not ann_file.is_file():
         problems.append(f'annotation file {ann_file} not found ({where}.ann_file, relative to its data_root)')
+    elif dataset['ann_file'] and (problem := _annotation_problem(dataset, ann_file, where)):
+        problems.append(problem)
     prefixes = dataset.get('data_prefix') or {}
     for key, prefix in (prefixes if isinstance(prefixes, dict) else {'img': prefixes}).items():
         folder = Path(root) / str(prefix)
         if prefix and '://' not in str(prefix) and not folder.is_dir():
             problems.append(f'image folder {folder} not found ({where}.data_prefix.{key}, relative to its data_root)')
     return problems
+
+
+def _annotation_problem(dataset: dict, ann_file: Path, where: str) -> Optional[str]:
+    """Say why the framework cannot read an annotation file in COCO's format, or finds nothing of use in it."""
+    kind = dataset.get('type')
+    kind = DATASETS.get(kind) if isinstance(kind, str) else kind
+    if not (isinstance(kind, type) and issubclass(kind, CocoDataset)):
+        return None
+    name = f'annotation file {ann_file} ({where}.ann_file)'
+    expected = "expected COCO's JSON: a dict of images, annotations and categories"
+    if ann_file.stat().st_size > MAX_READ:
+        with open(ann_file, 'rb') as file:
+            start, _, end = file.read(64), file.seek(-64, io.SEEK_END), file.read()
+        is_dict = start.lstrip().startswith(b'{') and end.rstrip().endswith(b'}')
+        return None if is_dict else f'{name} is incomplete or no JSON; {expected}'
+    try:
+        with redirect_stdout(io.StringIO()):
+            built = DATASETS.build({**dataset, 'pipeline': [], 'serialize_data': False})
+    except Exception as error:
+        return f'{name} cannot be read ({type(error).__name__}: {error}); {expected}'
+    if not built.cat_ids:
+        return f'{name} has none of the classes {built.metainfo["classes"]} as a category; set {where}.metainfo.classes'
+    if not len(built):
+        return f'{name} leaves no image; each needs an object of a known class, and the size that filter_cfg asks for'
+    image = Path(built.get_data_info(0)['img_path'])
+    if image.parent.is_dir() and not image.is_file():
+        return f'{image}, the first image of {name}, not found; set {where}.data_prefix.img'
+    return None

@@ -4,6 +4,10 @@ Since torch 2.6 a checkpoint is read by an unpickler that admits tensors and pla
 training checkpoint of mmengine holds its message hub, ``HistoryBuffer`` objects over numpy arrays, and, with the
 one-cycle schedule, that scheduler's two annealing functions. Exactly these are admitted here, through torch's public
 allow-list; nothing of torch is replaced, and a file that asks for anything else is refused before any of it runs.
+
+What a file calls by these names are stand-ins that do no more than it needs. The originals would let it replace
+functions of ``HistoryBuffer`` for the whole process, forge a dtype whose numbers are taken for objects, or free the
+memory that another array looks at.
 """
 
 from __future__ import annotations
@@ -16,17 +20,66 @@ import torch
 from mmengine.logging.history_buffer import HistoryBuffer
 from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
 
-# numpy moved these in version 2, and a checkpoint names them as the numpy that wrote it did
-try:
-    from numpy._core.multiarray import _reconstruct, scalar
-except ImportError:
-    from numpy.core.multiarray import _reconstruct, scalar
-
 # a function of a class is pickled as getattr(class, name)
 FUNCTIONS = {
     HistoryBuffer: ('min', 'max', 'current', 'mean'),
     OneCycleParamScheduler: ('_annealing_cos', '_annealing_linear'),
 }
+NUMBERS = {code: np.dtype(code) for code in ('f4', 'f8', 'i4', 'i8', 'b1')}
+
+
+class SavedHistoryBuffer(HistoryBuffer):
+    """``HistoryBuffer`` in checkpoints: its histories, and the statistics functions of this process, not the file's."""
+
+    def __setstate__(self, state: dict) -> None:
+        """Become a plain ``HistoryBuffer`` of the saved values."""
+        super().__init__(state['_log_history'], state['_count_history'], state['max_length'])
+        self.__class__ = HistoryBuffer
+
+
+class SavedArray(np.ndarray):
+    """``numpy.ndarray`` in checkpoints, and the call that makes one: made empty, and filled with numbers once."""
+
+    def __new__(cls, *args: Any) -> SavedArray:
+        """Return an empty array for the arguments that every pickled array has: a class, (0,) and a type code."""
+        if args[1:2] != ((0,),):
+            raise pickle.UnpicklingError(f'a checkpoint may not ask for numpy.ndarray{args!r}')
+        return super().__new__(cls, 0)
+
+    def __setstate__(self, state: tuple) -> None:
+        """Take shape and values; a second time they would be taken from under who looks at the first."""
+        _, shape, dtype, fortran_order, data = state
+        if self.size or dtype not in NUMBERS.values():
+            raise pickle.UnpicklingError('a checkpoint may hold arrays of plain numbers, each filled once')
+        shape = np.frombuffer(data, dtype).reshape(shape).shape  # which has to be of that size
+        super().__setstate__((1, shape, dtype, fortran_order, data))
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        """Be saved as a plain array again."""
+        return self.view(np.ndarray).__reduce_ex__(protocol)
+
+
+def number_dtype(code: str, *_: Any) -> np.dtype:
+    """Stand in for ``numpy.dtype``: return the immutable dtype of a plain number.
+
+    Raises:
+        pickle.UnpicklingError: For any other code.
+    """
+    if not isinstance(code, str) or code not in NUMBERS:
+        raise pickle.UnpicklingError(f'a checkpoint may not ask for numpy.dtype({code!r})')
+    return NUMBERS[code]
+
+
+def number(dtype: np.dtype, data: bytes) -> np.generic:
+    """Stand in for numpy's ``scalar``: return the number that ``data`` holds.
+
+    Raises:
+        pickle.UnpicklingError: If ``dtype`` is not that of a plain number.
+    """
+    if dtype not in NUMBERS.values():
+        raise pickle.UnpicklingError(f'a checkpoint may not ask for a numpy scalar of {dtype!r}')
+    (value,) = np.frombuffer(data, dtype)
+    return value
 
 
 def getattr_of_mmengine(obj: Any, name: str) -> Any:
@@ -42,19 +95,27 @@ def getattr_of_mmengine(obj: Any, name: str) -> Any:
     Raises:
         pickle.UnpicklingError: For any other object or name.
     """
-    if isinstance(obj, type) and name in FUNCTIONS.get(obj, ()):
-        return getattr(obj, name)
+    for cls, names in FUNCTIONS.items():
+        if isinstance(obj, type) and issubclass(obj, cls) and name in names:
+            return getattr(cls, name)
     raise pickle.UnpicklingError(f'a checkpoint may not ask for getattr({obj!r}, {name!r})')
+
+
+# what torch admits: classes by their own name, and stand-ins by the name that a checkpoint calls them
+SAFE_GLOBALS = [
+    OneCycleParamScheduler,
+    (SavedHistoryBuffer, 'mmengine.logging.history_buffer.HistoryBuffer'),
+    (getattr_of_mmengine, 'builtins.getattr'),
+    (SavedArray, 'numpy.ndarray'),
+    (number_dtype, 'numpy.dtype'),
+    # the classes of the dtypes, which numpy's pickles set the state of; that of an immutable one stays as it is
+    *(type(dtype) for dtype in NUMBERS.values()),
+    # numpy renamed its core in version 2, and a checkpoint names it as the numpy that wrote it did
+    *((SavedArray, f'numpy.{core}.multiarray._reconstruct') for core in ('core', '_core')),
+    *((number, f'numpy.{core}.multiarray.scalar') for core in ('core', '_core')),
+]
 
 
 def register_safe_globals() -> None:
     """Admit what mmengine's checkpoints contain; safe to call again."""
-    numpy_functions = [
-        (function, f'numpy.{package}.multiarray.{function.__name__}')
-        for function in (_reconstruct, scalar)
-        for package in ('core', '_core')
-    ]
-    dtypes = [type(np.dtype(kind)) for kind in ('float32', 'float64', 'int32', 'int64', 'bool')]
-    torch.serialization.add_safe_globals(
-        [*FUNCTIONS, (getattr_of_mmengine, 'builtins.getattr'), np.ndarray, np.dtype, *dtypes] + numpy_functions
-    )
+    torch.serialization.add_safe_globals(SAFE_GLOBALS)

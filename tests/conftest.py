@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import hostile
 import pytest
 import torch
 from mmdet.utils import register_all_modules
@@ -48,3 +49,14 @@ def coco_tiny() -> Path:
     if not folder.is_dir():
         pytest.skip(f'COCO subset not found at {folder}')
     return folder
+
+
+@pytest.fixture(scope='session')
+def hostile_files(tmp_path_factory) -> tuple[dict[str, Path], Path]:
+    """Checkpoints that are to be refused, by what they try, and the file that appears if one of them runs."""
+    folder = tmp_path_factory.mktemp('hostile')
+    marker, paths = folder / 'marker', {}
+    for index, (name, content) in enumerate({**hostile.live(marker), **hostile.forged()}.items()):
+        paths[name] = folder / f'{index}.pth'
+        paths[name].write_bytes(content)
+    return paths, marker

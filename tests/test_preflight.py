@@ -16,11 +16,17 @@ CONFIG = ROOT / 'configs' / 'ce' / 'mask-rcnn_r50-ce_fpn_1x_coco.py'
 
 @pytest.fixture
 def cfg(tmp_path):
-    """The shipped config on a data set that exists (an empty one), with no initial weights."""
-    for name in ('annotations', 'train2017', 'val2017'):
-        (tmp_path / name).mkdir()
+    """The shipped config on a data set of one (empty) image, with no initial weights."""
+    coco = dict(
+        images=[dict(id=1, file_name='1.jpg', width=64, height=64)],
+        annotations=[dict(id=1, image_id=1, category_id=1, bbox=[1, 1, 9, 9], area=81, iscrowd=0)],
+        categories=[dict(id=1, name='person')],
+    )
+    (tmp_path / 'annotations').mkdir()
     for split in ('train', 'val'):
-        (tmp_path / 'annotations' / f'instances_{split}2017.json').write_text(json.dumps({}))
+        (tmp_path / 'annotations' / f'instances_{split}2017.json').write_text(json.dumps(coco))
+        (tmp_path / f'{split}2017').mkdir()
+        (tmp_path / f'{split}2017' / '1.jpg').touch()
     cfg = Config.fromfile(CONFIG)
     for name in ('train', 'val', 'test'):
         cfg[f'{name}_dataloader'].dataset.data_root = str(tmp_path)
@@ -95,11 +101,11 @@ def test_missing_custom_imports(cfg):
 
 
 def test_no_false_alarms(cfg):
-    """A user's own module may import mmdet_ce; a file backend may map paths; a prefix may be a string or None."""
+    """A user's own module may import mmdet_ce; a file backend may map paths; mmpretrain has other prefixes."""
     cfg.custom_imports.imports = ['my_project']
     cfg.val_evaluator.update(ann_file='none.json', backend_args=dict(backend='petrel'))
-    cfg.train_dataloader.dataset.data_prefix = 'train2017/'
-    cfg.val_dataloader.dataset.data_prefix.img = None
+    cfg.train_dataloader.dataset.update(type='ImageNet', data_prefix='train2017/')
+    cfg.val_dataloader.dataset.update(type='ImageNet', data_prefix=dict(img=None))
     assert find_problems(cfg, 'train') == []
 
 

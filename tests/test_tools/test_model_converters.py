@@ -11,9 +11,9 @@ import official_to_mmdet_ce
 import publish_model
 import pytest
 import torch
+from hostile import Calls
 from mmengine.logging import HistoryBuffer
 from test_converters import released
-from test_safe_globals import Calls
 
 from mmdet_ce import CEResNet, __version__
 from mmdet_ce.checkpoint_io import sha256
@@ -82,7 +82,7 @@ def test_mismatches_are_listed_and_nothing_is_written(convert, state, tmp_path):
         ('depth', 'error: .* is not a checkpoint of the released CE-ResNet-50'),
         ('plain', 'error: no CE tensor'),
         ('list', 'error: .* holds a list; expected a state dict'),
-        ('text', "error: .* holds something else than tensors: epoch"),
+        ('text', 'error: .* holds something else than tensors: epoch'),
         ('hostile', 'error: .* refused, and nothing in it was run'),
         ('truncated', 'error: checkpoint .* is damaged or no checkpoint'),
         ('missing', 'error: checkpoint .* not found'),
