@@ -147,8 +147,12 @@ def _annotation_problem(dataset: dict, ann_file: Path, where: str) -> Optional[s
             built = DATASETS.build({**dataset, 'pipeline': [], 'serialize_data': False})
     except Exception as error:
         return f'{name} cannot be read ({type(error).__name__}: {error}); {expected}'
-    if not built.cat_ids:
-        return f'{name} has none of the classes {built.metainfo["classes"]} as a category; set {where}.metainfo.classes'
+    classes = built.metainfo['classes']
+    if len(built.cat_ids) < len(classes):  # the framework would number those it finds from 0
+        return (
+            f'{name} has categories for {len(built.cat_ids)} of the {len(classes)} classes {classes[:4]}...; expected '
+            f'all; set {where}.metainfo.classes, or add the others to the file'
+        )
     if not len(built):
         return f'{name} leaves no image; each needs an object of a known class, and the size that filter_cfg asks for'
     image = Path(built.get_data_info(0)['img_path'])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
 from conftest import ROOT
+from mmdet.datasets import CocoDataset
 from mmengine.config import Config
 
 from mmdet_ce.preflight import find_problems
@@ -20,7 +22,7 @@ def cfg(tmp_path):
     coco = dict(
         images=[dict(id=1, file_name='1.jpg', width=64, height=64)],
         annotations=[dict(id=1, image_id=1, category_id=1, bbox=[1, 1, 9, 9], area=81, iscrowd=0)],
-        categories=[dict(id=1, name='person')],
+        categories=[dict(id=1 + i, name=name) for i, name in enumerate(CocoDataset.METAINFO['classes'])],
     )
     (tmp_path / 'annotations').mkdir()
     for split in ('train', 'val'):
@@ -57,6 +59,52 @@ def test_missing_annotation_file_and_images(cfg, tmp_path):
     assert f'{tmp_path}/annotations/none.json not found (val_dataloader.dataset.ann_file' in ann
     assert f'image folder {tmp_path}/none not found (val_dataloader.dataset.data_prefix.img' in images
     assert 'annotation file none.json not found; set val_evaluator.ann_file' in evaluator
+
+
+def without(key):
+    return lambda coco: coco.pop(key)
+
+
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        ('', r'cannot be read \(JSONDecodeError: Expecting value'),
+        ('{"images": [', r'cannot be read \(JSONDecodeError: Expecting value'),
+        ('[]', r'cannot be read \(AssertionError: annotation file format <class .list.> not supported\)'),
+        (without('categories'), r"cannot be read \(KeyError: 'categories'\)"),
+        (without('images'), 'leaves no image; each needs an object of a known class'),
+        (without('annotations'), 'leaves no image; each needs an object of a known class'),
+        (lambda coco: coco['annotations'].clear(), 'leaves no image; each needs an object of a known class'),
+        (lambda coco: coco['annotations'][0].update(category_id=99), 'leaves no image; each needs an object'),
+        (lambda coco: coco['images'][0].update(width=1), 'leaves no image; .* and the size that filter_cfg asks for'),
+        (lambda coco: coco['annotations'][0].pop('bbox'), r"cannot be read \(KeyError: 'bbox'\)"),
+        (lambda coco: coco['images'][0].pop('width'), r"cannot be read \(KeyError: 'width'\)"),
+        (lambda coco: coco['categories'][0].update(name='disc'), 'has categories for 79 of the 80 classes .*metainfo'),
+        (lambda coco: coco['images'][0].update(file_name='2.jpg'), r'2.jpg, the first image of .*, not found; set '),
+    ],
+)
+def test_unusable_annotations(change, message, cfg, tmp_path, capsys):
+    path = tmp_path / 'annotations' / 'instances_train2017.json'
+    if callable(change):
+        coco = json.loads(path.read_text())
+        change(coco)
+        change = json.dumps(coco)
+    path.write_text(change)
+    (problem,) = find_problems(cfg, 'train')
+    assert re.search(message, problem) and f'annotation file {path} (train_dataloader' in problem
+    assert '\n' not in problem and not capsys.readouterr().out
+
+
+def test_large_annotation_files_are_looked_at_from_both_ends(cfg, tmp_path, monkeypatch):
+    monkeypatch.setattr('mmdet_ce.preflight.MAX_READ', 100)
+    path = tmp_path / 'annotations' / 'instances_train2017.json'
+    text = path.read_text()
+    path.write_text(f'\n{text}\n')
+    assert find_problems(cfg, 'train') == []
+    for part in (text[:-1], text[1:], text[:150]):
+        path.write_text(part)
+        (problem,) = find_problems(cfg, 'train')
+        assert 'is incomplete or no JSON' in problem
 
 
 def test_missing_checkpoints(cfg):

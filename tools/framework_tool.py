@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib
 import os
 import pickle
+import re
 import runpy
 import sys
+import traceback
 import warnings
 from pathlib import Path
+from typing import Optional
 
 # mmengine's own, at every start and in every worker; it says nothing about the user's run
 warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
@@ -41,6 +44,27 @@ def framework_of(arguments: list[str]) -> str:
     return 'mmdet'
 
 
+# what the framework failed with -> what that means
+IMAGE_ERRORS = {
+    r'AssertionError: failed to load image: (.+)': 'image {} is damaged or no image',
+    r"(?s)loading\.py.+FileNotFoundError: [^\n]*No such file or directory: '([^']+)'": 'image {} not found',
+    r'OpenCV.+ (!buf\.empty\(\))': 'an image file is empty (find DATA_ROOT -empty names it)',
+    r'OpenCV.+ (inv_scale_.) > 0': 'an image is so narrow that resizing leaves it no pixel',
+}
+
+
+def image_error(error: Exception) -> Optional[str]:
+    """Say which image the framework failed at, here or in a worker, or None if it was something else."""
+    text = ''.join(traceback.format_exception(error))
+    for pattern, message in IMAGE_ERRORS.items():
+        if match := re.search(pattern, text):
+            return (
+                f'{message.format(match[1])}; replace it or leave it out of the annotations. Checkpoints are as they '
+                'were: a training continues with --resume'
+            )
+    return None
+
+
 def find_tool(name: str, framework: str = 'mmdet') -> Path:
     """Return the installed framework's ``tools/<name>``: in its wheel, or in the clone it was installed from.
 
@@ -69,6 +93,8 @@ def run(name: str) -> None:
             sys.exit('\n'.join(f'error: {problem}' for problem in problems))
         tool['main']()
     except FileNotFoundError as error:
+        if problem := image_error(error):
+            sys.exit(f'error: {problem}')
         if error.filename is not None:  # raised by the operating system somewhere inside: its traceback tells where
             raise
         sys.exit(f'error: {error}')
@@ -76,6 +102,10 @@ def run(name: str) -> None:
         sys.exit(f'error: {refusal_reason(error)}')
     except CheckpointMismatchError as error:
         sys.exit(f'error: {error}')
+    except Exception as error:
+        if problem := image_error(error):
+            sys.exit(f'error: {problem}')
+        raise
 
 
 def check(args, split: str) -> list[str]:

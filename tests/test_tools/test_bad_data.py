@@ -1,0 +1,181 @@
+"""Odd and damaged images and annotations, through the framework's own data pipeline and a real detector."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import sys
+from pathlib import Path
+
+import framework_tool
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from make_shapes_dataset import CLASSES, make_dataset
+from mmdet.registry import DATASETS, METRICS, MODELS
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from PIL import Image
+
+DEMO = ROOT / 'configs' / 'demo' / 'mask-rcnn_r18-ce_fpn_8e_shapes.py'
+
+
+def picture(mode: str = 'RGB', size: tuple[int, int] = (64, 64), kind: str = 'PNG') -> bytes:
+    """Return an encoded image of noise."""
+    noise = np.random.RandomState(0).randint(0, 256, (16, 16, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).resize(size).convert(mode).save(file, kind)
+    return file.getvalue()
+
+
+def annotated(image_id: int, box: list, **changes) -> dict:
+    x, y, w, h = box
+    polygon = [x, y, x + w, y, x + w, y + h, x, y + h]
+    ann = dict(image_id=image_id, category_id=1, bbox=box, area=w * h, segmentation=[polygon], iscrowd=0)
+    return {**ann, **changes}
+
+
+@pytest.fixture
+def build(tmp_path):
+    """Write a data set of these images, (bytes, width, height), and annotations; build it with the demo's pipeline."""
+
+    def call(split: str, images: list[tuple[bytes, int, int]], annotations: list[dict], **changes):
+        listed = []
+        for index, (content, width, height) in enumerate(images):
+            (tmp_path / str(index)).write_bytes(content)
+            listed.append(dict(id=index, file_name=str(index), width=width, height=height))
+        annotations = [dict(id=index, **ann) for index, ann in enumerate(annotations)]
+        categories = [dict(id=1 + i, name=name) for i, name in enumerate((*CLASSES, 'unknown'))]
+        coco = dict(images=listed, annotations=annotations, categories=categories)
+        (tmp_path / 'annotations.json').write_text(json.dumps(coco))
+        cfg = Config.fromfile(DEMO)[f'{split}_dataloader'].dataset
+        cfg.update(data_root=str(tmp_path), ann_file='annotations.json', data_prefix=dict(img=''), **changes)
+        return DATASETS.build(cfg)
+
+    return call
+
+
+@pytest.fixture(scope='module')
+def model():
+    return MODELS.build(Config.fromfile(DEMO).model)
+
+
+def train_step(model, dataset) -> float:
+    """Run forward and backward over all images as one batch; return the loss."""
+    model.train().zero_grad()
+    batch = model.data_preprocessor(pseudo_collate([dataset[i] for i in range(len(dataset))]), True)
+    loss, _ = model.parse_losses(model(**batch, mode='loss'))
+    loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    return loss.item()
+
+
+ODD = [picture('L'), picture('RGBA'), picture('CMYK', kind='JPEG'), picture('P'), picture('I;16')]
+
+
+def test_odd_images_are_three_channels_like_any_other(build, model):
+    images = [(content, 64, 64) for content in ODD]
+    annotations = [annotated(index, [8, 8, 30, 30]) for index in range(len(images))]
+    dataset = build('train', images, annotations)
+    assert [tuple(dataset[i]['inputs'].shape) for i in range(len(images))] == [(3, 64, 64)] * len(images)
+    assert math.isfinite(train_step(model, dataset))
+
+
+def test_large_and_narrow_images(build, model):
+    """20 megapixels, resized before the network sees them; 1 pixel wide, which a training leaves out."""
+    images = [(picture(size=(5000, 4000), kind='JPEG'), 5000, 4000), (picture(size=(1, 100)), 1, 100)]
+    annotations = [annotated(0, [100, 100, 2000, 2000]), annotated(1, [0, 10, 1, 40])]
+    dataset = build('test', images, annotations)
+    samples = [dataset[0], dataset[1]]
+    assert [tuple(sample['inputs'].shape) for sample in samples] == [(3, 102, 128), (3, 128, 1)]
+    with torch.no_grad():
+        results = model.eval().test_step(pseudo_collate(samples))
+    for result, (_, width, height) in zip(results, images):
+        assert torch.isfinite(result.pred_instances.bboxes).all()
+        assert result.pred_instances.masks.shape[1:] == (height, width)
+    assert len(build('train', images, annotations)) == 1
+
+
+@pytest.mark.parametrize(
+    'content, size, workers, message',
+    [
+        (picture(kind='JPEG')[:400], (64, 64), 0, 'image {} is damaged or no image'),
+        (b'no image', (64, 64), 0, 'image {} is damaged or no image'),
+        (b'', (64, 64), 0, 'an image file is empty'),
+        (None, (64, 64), 0, 'image {} not found'),
+        (None, (64, 64), 1, 'image {} not found'),  # from a worker the exception arrives as text
+        (picture(size=(1, 5000)), (1, 5000), 0, 'an image is so narrow that resizing leaves it no pixel'),
+    ],
+)
+def test_damaged_images_are_named(content, size, workers, message, build, tmp_path):
+    dataset = build('test', [(content or b'', *size)], [])
+    if content is None:
+        (tmp_path / '0').unlink()
+    loader = torch.utils.data.DataLoader(dataset, num_workers=workers, collate_fn=pseudo_collate)
+    with pytest.raises(Exception) as info:  # noqa: B017, PT011
+        next(iter(loader))
+    problem = framework_tool.image_error(info.value)
+    assert problem.startswith(message.format(tmp_path / '0')) and '\n' not in problem
+
+
+def test_other_errors_are_left_alone():
+    try:
+        raise FileNotFoundError(2, 'No such file or directory', 'elsewhere')
+    except FileNotFoundError as error:
+        assert framework_tool.image_error(error) is None
+
+
+def test_odd_annotations_are_left_out(build, model):
+    """No objects, crowd alone, boxes outside the image, without area or NaN, a category nobody asked for."""
+    images = [(picture(), 64, 64)] * 6
+    annotations = [
+        annotated(1, [5, 5, 20, 20], iscrowd=1, segmentation=dict(size=[64, 64], counts=[320, 100, 3676])),
+        annotated(2, [100, 100, 20, 20]),
+        annotated(2, [50, 50, 30, 30]),
+        annotated(3, [5, 5, 0, 0]),
+        annotated(3, [30, 30, -9, -9]),
+        annotated(4, [5, 5, 20, 20], category_id=len(CLASSES) + 1),
+        annotated(5, [math.nan] * 4),
+        annotated(77, [5, 5, 20, 20]),
+    ]
+    dataset = build('train', images, annotations, filter_cfg=None)
+    samples = [dataset[i]['data_samples'] for i in range(len(dataset))]
+    assert [len(sample.gt_instances) for sample in samples] == [0, 0, 1, 0, 0, 0]
+    assert [len(sample.ignored_instances) for sample in samples] == [0, 1, 0, 0, 0, 0]
+    assert math.isfinite(train_step(model, dataset))
+    assert len(build('train', images, annotations)) < len(images), 'by default images without objects are left out'
+
+
+def test_evaluation_without_objects(build, model, tmp_path):
+    dataset = build('test', [(picture(), 64, 64)], [])
+    metric = METRICS.build(dict(type='CocoMetric', ann_file=str(tmp_path / 'annotations.json'), metric='bbox'))
+    metric.dataset_meta = dataset.metainfo
+    with torch.no_grad():
+        results = model.eval().test_step(pseudo_collate([dataset[0]]))
+    metric.process({}, [result.to_dict() for result in results])
+    assert metric.evaluate(1)['coco/bbox_mAP'] == -1, "COCO's value for nothing to find"
+
+
+@pytest.mark.slow
+def test_a_damaged_image_costs_no_checkpoint(tmp_path, monkeypatch):
+    """It appears after the first epoch, as on a failing disk."""
+    monkeypatch.chdir(tmp_path)
+    Path('data').mkdir()
+    make_dataset(Path('data/shapes'), train=2, val=1, size=64)
+    image = Path('data/shapes/train/000002.png')
+    options = ['train_cfg.val_interval=9', 'train_dataloader.num_workers=0', 'train_dataloader.batch_size=1']
+    options += ['train_dataloader.persistent_workers=False', 'train_dataloader.dataset.filter_cfg=None']
+
+    def train(epochs: int) -> None:
+        arguments = ['train.py', str(DEMO), '--work-dir', 'run', '--resume', '--cfg-options', *options]
+        monkeypatch.setattr(sys, 'argv', [*arguments, f'train_cfg.max_epochs={epochs}'])
+        framework_tool.run('train.py')
+
+    train(1)
+    before = Path('run/epoch_1.pth').read_bytes()
+    image.write_bytes(image.read_bytes()[:50])
+    with pytest.raises(SystemExit, match=f'^error: image {image} is damaged or no image; .* continues with --resume$'):
+        train(2)
+    assert Path('run/epoch_1.pth').read_bytes() == before and not Path('run/epoch_2.pth').exists()
