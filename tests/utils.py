@@ -5,6 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from mmdet_ce import ChannelEquilibrium
+from mmdet_ce.ops import CEOutput, channel_equilibrium_reference
+
 
 def assert_agree(actual: torch.Tensor, expected, tolerance: float, name: str = '') -> None:
     """Assert that the largest difference is at most ``tolerance`` times the largest expected magnitude."""
@@ -35,3 +38,21 @@ def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
             value = 0.5 * noise
         tensor.data.copy_(value)
     return module
+
+
+def reference(ce: ChannelEquilibrium, x: torch.Tensor) -> CEOutput:
+    """Run the oracle with the parameters of ``ce``, in its mode and dtype."""
+    running = {} if ce.training else dict(running_whitening=ce.bd.running_whitening, running_scale=ce.ir.running_scale)
+    return channel_equilibrium_reference(
+        x,
+        ce.theta,
+        ce.ir.fc1.weight,
+        ce.ir.norm.weight,
+        ce.ir.norm.bias,
+        ce.ir.fc2.weight,
+        group_size=ce.group_size,
+        num_iterations=ce.bd.num_iterations,
+        eps=ce.bd.eps,
+        alpha=ce.alpha,
+        **running,
+    )

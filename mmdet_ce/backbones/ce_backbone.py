@@ -31,14 +31,14 @@ def check_stages(
     """Return for each stage whether its blocks have CE: ``default`` for None, nowhere without ``ce_cfg``.
 
     Raises:
-        ValueError: If there is not one value for each stage.
+        ValueError: If there is not one value for each stage, or ``ce_cfg`` is no dict.
     """
-    stages = default if stage_with_ce is None else tuple(stage_with_ce)
-    if len(stages) != num_stages:
-        raise ValueError(
-            f'stage_with_ce needs one value for each of the {num_stages} stages, got {len(stages)}: {stages}'
-        )
-    return stages if ce_cfg is not None else (False,) * num_stages
+    if ce_cfg is not None and not isinstance(ce_cfg, dict):
+        raise ValueError(f'ce_cfg must be a dict of arguments of ChannelEquilibrium, or None, got {ce_cfg!r}')
+    stages = default if stage_with_ce is None else stage_with_ce
+    if not isinstance(stages, Sequence) or len(stages) != num_stages or any(s not in (True, False) for s in stages):
+        raise ValueError(f'stage_with_ce needs True or False for each of the {num_stages} stages, got {stages!r}')
+    return tuple(stages) if ce_cfg is not None else (False,) * num_stages
 
 
 def norm_ce(norm: nn.Module, ce: Optional[ChannelEquilibrium], x: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ class CEResNet(CEBackbone, ResNet):
     Raises:
         KeyError: If ``depth`` is none of the above.
         ValueError: If ``stage_with_ce`` does not have one value for each stage, ``ce_position`` is none of the above
-            or the network has no bottlenecks for it, or a CE argument is out of range.
+            or the network has no bottlenecks for it, ``ce_cfg`` is no dict, or a CE argument is out of range.
 
     Example:
         >>> import torch

@@ -74,7 +74,8 @@ class ChannelEquilibrium(nn.Module):
     In training the statistics are the batch's, gradients flow through them, and the running values move by
     ``momentum`` towards them. In evaluation the running P_T and s are used and left alone, and the gate stays per
     sample. Before any data was seen they are P_T = I and s = 1. Statistics, iteration and gate are computed in float32
-    at least, under autocast too; the output has the dtype of the input.
+    at least, under autocast too (float64 in training with more than 8 Newton steps); the output has the dtype of the
+    input.
 
     Paper: `Channel Equilibrium Networks for Learning Deep Representation <https://arxiv.org/abs/2003.00214>`_.
 
@@ -92,12 +93,12 @@ class ChannelEquilibrium(nn.Module):
             its own statistics, and a checkpoint holds those of rank 0.
 
     Shape:
-        - Input: (N, C, H, W), any floating dtype.
+        - Input: (N, C, H, W), float16, bfloat16, float32 or float64.
         - Output: the same shape, dtype and memory format.
 
     Raises:
         ValueError: If the channels cannot be grouped, an argument is out of range, or an input is not (N, C, H, W),
-            is empty, or has another C.
+            is empty, or has another C or dtype.
 
     Example:
         >>> import torch
@@ -119,16 +120,20 @@ class ChannelEquilibrium(nn.Module):
         sync: bool = False,
     ) -> None:
         super().__init__()
-        self.in_channels = in_channels
-        self.group_size = _group_size(in_channels, num_channels)
-        if num_iterations < 1:
-            raise ValueError(f'num_iterations must be at least 1, got {num_iterations}')
-        if not 1 <= reduction <= in_channels:
+        counts = dict(
+            in_channels=in_channels, num_channels=num_channels, num_iterations=num_iterations, reduction=reduction
+        )
+        for name, value in counts.items():
+            if type(value) is not int or value < 1:
+                raise ValueError(f'{name} must be an integer of at least 1, got {value!r}')
+        if reduction > in_channels:
             raise ValueError(f'reduction must be between 1 and in_channels={in_channels}, got {reduction}')
-        if eps <= 0:
-            raise ValueError(f'eps must be positive, got {eps}')
+        if not 0 < eps <= 1:
+            raise ValueError(f'eps must be in (0, 1], got {eps}')
         if not 0 < momentum <= 1:
             raise ValueError(f'momentum must be in (0, 1], got {momentum}')
+        self.in_channels = in_channels
+        self.group_size = _group_size(in_channels, num_channels)
         self.num_groups = in_channels // self.group_size
         self.momentum = momentum
         self.sync = sync
@@ -192,8 +197,8 @@ class ChannelEquilibrium(nn.Module):
             raise ValueError(
                 f'ChannelEquilibrium expects a non-empty (N, {self.in_channels}, H, W) tensor, got {tuple(x.shape)}'
             )
-        if not x.is_floating_point():
-            raise ValueError(f'ChannelEquilibrium expects a floating-point tensor, got {x.dtype}')
+        if x.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+            raise ValueError(f'ChannelEquilibrium expects a tensor of 16, 32 or 64-bit floats, got {x.dtype}')
 
     def extra_repr(self) -> str:
         """Describe the arguments that shape the block."""
@@ -203,8 +208,6 @@ class ChannelEquilibrium(nn.Module):
 
 def _group_size(in_channels: int, num_channels: int) -> int:
     """Return d: ``num_channels``, halved until it divides ``in_channels`` (as the released code does)."""
-    if in_channels < 1 or num_channels < 1:
-        raise ValueError(f'in_channels and num_channels must be positive, got {in_channels} and {num_channels}')
     d = num_channels
     while in_channels % d:
         d //= 2

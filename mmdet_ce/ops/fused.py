@@ -30,6 +30,7 @@ from .newton import inverse_sqrt_newton, inverse_sqrt_newton_derivative
 from .reference import CEOutput
 
 LAYER_NORM_EPS = 1e-5
+MAX_FLOAT32_ITERATIONS = 8
 
 
 class Affine(NamedTuple):
@@ -68,7 +69,7 @@ def channel_equilibrium(
     """Apply Channel Equilibrium to ``x``: ``channel_equilibrium_reference``, fast.
 
     Training form unless both running values are given. Statistics, iteration and gate are computed in float32 at least,
-    under autocast too.
+    under autocast too, and in float64 where a training takes more than 8 Newton steps.
 
     Args:
         x: (N, C, H, W), or the input z of the norm where ``affine`` is given. Input that is not contiguous is copied to
@@ -98,7 +99,7 @@ def channel_equilibrium(
     inputs = (*(affine or (None, None)), alpha, theta, fc1_weight, norm_weight, norm_bias, fc2_weight)
     with no_autocast(x):
         if torch.jit.is_tracing():  # the same, in operations that a trace records
-            flat = _flat(x, group_size)
+            flat = _flat(x, group_size, _working_dtype(x, options))
             terms = _terms(*_reduce(flat, x.shape[0], not evaluation), flat.shape[2], options, *inputs)
             out = _multiply(terms.folded, terms.constant, flat).to(x.dtype).view(x.shape)
             statistics = [None if t is None else t.detach() for t in (terms.mean, terms.whitening, terms.scale)]
@@ -228,7 +229,7 @@ class _ChannelEquilibrium(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, options: _Options, *inputs: Optional[Tensor]) -> tuple[Tensor, ...]:
-        flat = _flat(x, options.group_size)
+        flat = _flat(x, options.group_size, _working_dtype(x, options))
         # Allocated in its final shape: autograd lets nobody change a function's output that is a view.
         out = flat.new_empty(x.shape)
         means, squares = _reduce(flat, x.shape[0], options.running is None, scratch=out.view(flat.shape))
@@ -248,7 +249,7 @@ class _ChannelEquilibrium(torch.autograd.Function):
         n, g, d = t.means.shape
         w1, norm_weight, norm_bias, w2 = (p.to(t.means.dtype) for p in (w1, norm_weight, norm_bias, w2))
         with no_autocast(x):
-            flat, dy = _flat(x, d), _flat(grad, d)
+            flat, dy = (_flat(tensor, d, t.means.dtype) for tensor in (x, grad))
             length = flat.shape[2]
             d_matrix = torch.bmm(dy, flat.transpose(1, 2)).view(n, g, d, d)
 
@@ -312,6 +313,8 @@ class _ChannelEquilibrium(torch.autograd.Function):
                     positions = n * length if group is None else t.positions
                     d_means = torch.bmm(t.between, d_sigma).transpose(0, 1) * (2 * length / positions)
                     symmetric = d_sigma * (2 / positions) + d_diagonal.diag_embed()
+                    if length == 1:  # x = m; what multiplies x - m may be as large as 1 / eps
+                        symmetric = torch.zeros_like(symmetric)
                     constant = d_means[..., None] / length - symmetric @ t.means[..., None]
                     d_x = _multiply(t.folded.transpose(2, 3), constant, dy)
                     d_x.baddbmm_(symmetric.view(-1, d, d), flat)
@@ -334,9 +337,19 @@ def _memory_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def _flat(x: Tensor, group_size: int) -> Tensor:
-    """Return (N, C, H, W) as (N G, d, L), in float32 at least; a view of contiguous float32."""
-    return _at_least_float32(x.reshape(-1, group_size, x.shape[2] * x.shape[3]))
+def _working_dtype(x: Tensor, options: _Options) -> torch.dtype:
+    """Return the dtype to compute in: float32 at least, float64 where many steps are taken.
+
+    In a direction without variance P grows by half with every step, and the effect of a rounding error of Sigma with
+    its square: float32 has lost all digits there after twenty steps, and P is not finite after thirty.
+    """
+    many = options.running is None and options.num_iterations > MAX_FLOAT32_ITERATIONS
+    return torch.promote_types(x.dtype, torch.float64 if many else torch.float32)
+
+
+def _flat(x: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
+    """Return (N, C, H, W) as (N G, d, L) in ``dtype``; a view of contiguous input of that."""
+    return x.reshape(-1, group_size, x.shape[2] * x.shape[3]).to(dtype)
 
 
 def _reduce(

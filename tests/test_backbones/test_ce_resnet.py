@@ -410,14 +410,19 @@ def test_bad_depth():
         CEResNet(depth=51)
 
 
-@pytest.mark.parametrize('stages', [(True,), (True,) * 5])
+@pytest.mark.parametrize('stages', [(True,), (True,) * 5, 'True', 4, {True}, (True, True, 'yes', False)])
 def test_bad_stage_with_ce(stages):
-    with pytest.raises(ValueError, match='stage_with_ce needs one value for each of the 4 stages, got'):
+    with pytest.raises(ValueError, match='stage_with_ce needs True or False for each of the 4 stages, got'):
         CEResNet(depth=18, stage_with_ce=stages)
 
 
+def test_bad_ce_cfg():
+    with pytest.raises(ValueError, match='ce_cfg must be a dict of arguments of ChannelEquilibrium, or None, got 16'):
+        CEResNet(depth=18, ce_cfg=16)
+
+
 def test_bad_ce_argument_names_the_problem_through_the_registry():
-    with pytest.raises(ValueError, match='num_iterations must be at least 1'):
+    with pytest.raises(ValueError, match='num_iterations must be an integer of at least 1'):
         MODELS.build(dict(type='CEResNet', depth=18, ce_cfg=dict(num_iterations=0)))
     with pytest.raises(ValueError, match='cannot be grouped'):
         CEResNet(depth=18, base_channels=17)

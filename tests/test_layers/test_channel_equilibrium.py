@@ -7,29 +7,10 @@ import copy
 import numpy as np
 import pytest
 import torch
-from utils import assert_agree, randomize
+from utils import assert_agree, randomize, reference
 
 from mmdet_ce import ChannelEquilibrium
 from mmdet_ce.converters import BLOCK_NAMES, convert_official_state_dict
-from mmdet_ce.ops import channel_equilibrium_reference
-
-
-def reference(ce: ChannelEquilibrium, x: torch.Tensor):
-    """Run the oracle with the parameters of ``ce``, in its mode and dtype."""
-    running = {} if ce.training else dict(running_whitening=ce.bd.running_whitening, running_scale=ce.ir.running_scale)
-    return channel_equilibrium_reference(
-        x,
-        ce.theta,
-        ce.ir.fc1.weight,
-        ce.ir.norm.weight,
-        ce.ir.norm.bias,
-        ce.ir.fc2.weight,
-        group_size=ce.group_size,
-        num_iterations=ce.bd.num_iterations,
-        eps=ce.bd.eps,
-        alpha=ce.alpha,
-        **running,
-    )
 
 
 @pytest.mark.parametrize('name', ['c32_d16', 'c48_d32', 'c64_d64'])
@@ -259,11 +240,13 @@ def test_num_channels_is_halved_until_it_divides():
     'arguments, message',
     [
         (dict(in_channels=17), 'in_channels=17 cannot be grouped'),
-        (dict(in_channels=0), 'must be positive, got 0 and 16'),
-        (dict(in_channels=32, num_channels=0), 'must be positive, got 32 and 0'),
-        (dict(in_channels=32, num_iterations=0), 'num_iterations must be at least 1'),
+        (dict(in_channels=0), 'in_channels must be an integer of at least 1, got 0'),
+        (dict(in_channels=32, num_channels=0), 'num_channels must be an integer of at least 1, got 0'),
+        (dict(in_channels=32, num_iterations=2.5), 'num_iterations must be an integer of at least 1, got 2.5'),
+        (dict(in_channels=32, reduction='4'), "reduction must be an integer of at least 1, got '4'"),
         (dict(in_channels=2, num_channels=2), 'reduction must be between 1 and in_channels=2, got 4'),
-        (dict(in_channels=32, eps=0.0), 'eps must be positive'),
+        (dict(in_channels=32, eps=0.0), r'eps must be in \(0, 1\], got 0.0'),
+        (dict(in_channels=32, eps=float('nan')), r'eps must be in \(0, 1\], got nan'),
         (dict(in_channels=32, momentum=0.0), r'momentum must be in \(0, 1\]'),
     ],
 )
@@ -278,9 +261,10 @@ def test_bad_input_shape(shape):
         ChannelEquilibrium(32)(torch.zeros(shape))
 
 
-def test_bad_input_dtype():
-    with pytest.raises(ValueError, match='floating-point tensor, got torch.int64'):
-        ChannelEquilibrium(32)(torch.zeros(2, 32, 4, 4, dtype=torch.int64))
+@pytest.mark.parametrize('dtype', [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_bad_input_dtype(dtype):
+    with pytest.raises(ValueError, match=f'a tensor of 16, 32 or 64-bit floats, got {dtype}'):
+        ChannelEquilibrium(32)(torch.zeros(2, 32, 4, 4).to(dtype))
 
 
 def test_state_dict_keys():

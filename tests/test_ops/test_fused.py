@@ -178,3 +178,46 @@ def test_traced_and_untraced_agree():
     assert_agree(traced(x), ce(x), 1e-6)
     other = torch.randn(3, 32, 4, 4)
     assert_agree(traced(other), ce(other), 1e-6, 'another batch size')
+
+
+def ill_conditioned(shape):
+    """Two channel groups whose covariances have condition number 1e6."""
+    q = torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64)).Q
+    root = q * torch.logspace(0, -3, 16, dtype=torch.float64) @ q.T
+    x = torch.randn(shape, dtype=torch.float64).unflatten(1, (2, 16))
+    return torch.einsum('ij,ngjhw->ngihw', root, x).flatten(1, 2)
+
+
+def rank_deficient(shape):
+    mix = torch.randn(shape[1], 3, dtype=torch.float64)
+    return torch.einsum('ij,njhw->nihw', mix, torch.randn(shape[0], 3, *shape[2:], dtype=torch.float64))
+
+
+def equal_channels(shape):
+    return torch.randn(shape[0], 1, *shape[2:], dtype=torch.float64).repeat(1, shape[1], 1, 1)
+
+
+def dead_channels(shape):
+    return torch.randn(shape, dtype=torch.float64) * (torch.arange(shape[1]) % 3 > 0).view(-1, 1, 1)
+
+
+def channels_of_all_scales(shape):
+    return torch.randn(shape, dtype=torch.float64) * torch.logspace(0, -6, shape[1], dtype=torch.float64).view(-1, 1, 1)
+
+
+@pytest.mark.parametrize('scale', [1e-4, 1.0, 1e4])
+@pytest.mark.parametrize(
+    'make', [ill_conditioned, rank_deficient, equal_channels, dead_channels, channels_of_all_scales]
+)
+def test_adversarial_statistics(make, scale):
+    """In float32: finite forward and backward for T from 1 to 40, and float64's values, T = 20 included."""
+    x = (scale * make((3, 32, 6, 6))).float()
+    for num_iterations in range(1, 41):
+        ce = randomize(ChannelEquilibrium(32, num_iterations=num_iterations))
+        results = run(ce, x, ce)
+        assert all(torch.isfinite(result).all() for result in (*results, *ce.buffers())), num_iterations
+        if num_iterations in (1, 3, 8, 20):
+            double = randomize(ChannelEquilibrium(32, num_iterations=num_iterations)).double()
+            expected = run(double, x.double(), double)
+            assert_agree(results[0], expected[0], 1e-5, f'out, T = {num_iterations}')
+            assert_agree(results[1], expected[1], 1e-4, f'grad_x, T = {num_iterations}')
