@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..layers import ChannelEquilibrium
 from ..loading import missing_weights_message, summarize_load
+from ..ops.fused import is_exporting
 
 
 def build_ce(ce_cfg: dict, in_channels: int) -> ChannelEquilibrium:
@@ -45,13 +46,15 @@ def norm_ce(norm: nn.Module, ce: Optional[ChannelEquilibrium], x: Tensor) -> Ten
     """Return CE(norm(x)), or norm(x) where there is no CE.
 
     A BatchNorm in evaluation is an affine map, and CE takes it into its own product: one pass over x instead of two.
-    Where somebody has hooked either module, both are called in turn, so that the hooks see what they expect.
+    Where somebody has hooked either module, both are called in turn, so that the hooks see what they expect; in an
+    exported graph too, whose runtime folds the norm into the convolution before it.
     """
     if ce is None:
         return norm(x)
     # Exactly these classes: a subclass may compute something else.
     foldable = type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) and type(ce) is ChannelEquilibrium
-    if foldable and not norm.training and norm.track_running_stats and not _has_hooks(norm) and not _has_hooks(ce):
+    hooked = _has_hooks(norm) or _has_hooks(ce)
+    if foldable and norm.track_running_stats and not (norm.training or hooked or is_exporting()):
         return ce(x, norm)
     return ce(norm(x))
 

@@ -98,20 +98,30 @@ def channel_equilibrium(
     options = _Options(group_size, num_iterations, eps, running, None if evaluation else process_group)
     inputs = (*(affine or (None, None)), alpha, theta, fc1_weight, norm_weight, norm_bias, fc2_weight)
     with no_autocast(x):
-        if torch.jit.is_tracing():  # the same, in operations that a trace records
+        if torch.jit.is_tracing() or is_exporting():  # the same, in operations that a trace records
             flat = _flat(x, group_size, _working_dtype(x, options))
             terms = _terms(*_reduce(flat, x.shape[0], not evaluation), flat.shape[2], options, *inputs)
-            out = _multiply(terms.folded, terms.constant, flat).to(x.dtype).view(x.shape)
+            # Copied: adding to a view in place would put reshapes around all that follows in an exported graph
+            out = _multiply(terms.folded, terms.constant, flat).to(x.dtype).view(x.shape).clone()
             statistics = [None if t is None else t.detach() for t in (terms.mean, terms.whitening, terms.scale)]
         else:
             out, *statistics = _ChannelEquilibrium.apply(x, options, *inputs)
     return CEOutput(out.contiguous(memory_format=_memory_format(x)), *statistics)
 
 
+def is_exporting() -> bool:
+    """Return whether torch.export is tracing, and not torch.compile.
+
+    Some versions of torch.compiler.is_exporting are true for both, and torch 2.6 has none.
+    """
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+
+
 def no_autocast(x: Tensor) -> AbstractContextManager:
     """Return a context in which operations on ``x`` keep their dtype."""
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if enabled else nullcontext()
 
 
 class _Options(NamedTuple):
