@@ -25,5 +25,5 @@ setup(
     # On purpose without torch, mmengine, mmcv and mmdet: a dependency could replace the user's own build or fork of
     # them. mmdet_ce/environment.py checks what is installed when the package is imported.
     install_requires=[],
-    extras_require={'imagenet': ['mmpretrain>=1.2']},
+    extras_require={'deploy': ['onnx', 'onnxruntime', 'onnxscript'], 'imagenet': ['mmpretrain>=1.2']},
 )
