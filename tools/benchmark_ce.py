@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import matplotlib
+import numpy as np
 import torch
 import torch.nn.functional as F
 from mmdet.models import ResNet
@@ -201,18 +202,24 @@ def block_shape(text: str) -> list[int]:
     return [int(number) for number in match.groups()]
 
 
+def plain_and_ce(depth: int, x: Tensor) -> tuple[ResNet, CEResNet]:
+    """Return mmdet's ResNet and, of the same weights, CE's, whose statistics are those of ``x``."""
+    plain = ResNet(depth=depth, norm_eval=True)
+    ce = CEResNet(depth=depth, norm_eval=True)
+    ce.load_state_dict(plain.state_dict(), strict=False)
+    with torch.no_grad():  # CE needs statistics before it is evaluated
+        ce.to(x.device).train()
+        for _, layer in ce.named_ce():
+            layer.train()
+        ce(x)
+    return plain, ce
+
+
 def benchmark_backbone(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Compare the backbone with mmdet's plain ResNet and with the released form of CE, norms in evaluation."""
     size = (args.batch, 3, *args.size)
     x = torch.randn(size, device=args.device).to(memory_format=args.memory_format)
-    plain = ResNet(depth=args.depth, norm_eval=True)
-    ce = CEResNet(depth=args.depth, norm_eval=True)
-    ce.load_state_dict(plain.state_dict(), strict=False)
-    with torch.no_grad():  # CE needs statistics before it is evaluated
-        ce.to(args.device).train()
-        for _, layer in ce.named_ce():
-            layer.train()
-        ce(x)
+    plain, ce = plain_and_ce(args.depth, x)
     batch_statistics = CEResNet(depth=args.depth, norm_eval=True, ce_eval=False)
     batch_statistics.load_state_dict(ce.state_dict())
     models = {
@@ -227,6 +234,33 @@ def benchmark_backbone(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = measure(f'{name}, train step', models, x, args, training=True)
     evaluated = {name: model for name, model in models.items() if 'ce_eval' not in name}
     return rows + measure(f'{name}, inference', evaluated, x, args, training=False)
+
+
+class OnnxRuntime(nn.Module):
+    """A session of onnxruntime, called as the backbone that it was made from."""
+
+    def __init__(self, session: Any) -> None:
+        super().__init__()
+        self.session = session
+
+    def forward(self, x: Tensor) -> tuple[np.ndarray, ...]:
+        """Return the levels for images (N, 3, H, W)."""
+        return tuple(self.session.run(None, {'images': x.numpy()}))
+
+
+def benchmark_onnxruntime(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Compare the backbone with mmdet's plain ResNet in torch and, exported, in onnxruntime."""
+    import export_onnx  # needs packages that nothing else here does
+
+    size = (args.batch, 3, *args.size)
+    x = torch.randn(size).to(memory_format=args.memory_format)
+    plain, ce = plain_and_ce(args.depth, x)
+    models = {'plain ResNet': plain, 'CE': ce}
+    for name, model in [*models.items()]:
+        model.eval()
+        models[f'{name}, onnxruntime'] = OnnxRuntime(export_onnx.session(export_onnx.export(model)))
+    title = f'ResNet-{args.depth} {"x".join(map(str, size))}, inference in torch and onnxruntime'
+    return measure(title, models, x, args, training=False)
 
 
 def report(rows: list[dict[str, Any]], out_dir: Path, environment: dict[str, Any]) -> None:
@@ -301,7 +335,10 @@ def hardware(device: torch.device) -> str:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--what', nargs='+', choices=['block', 'backbone'], default=['block', 'backbone'])
+    parser.add_argument(
+        '--what', nargs='+', choices=['block', 'backbone', 'onnxruntime'], default=['block', 'backbone'],
+        help='(default: block backbone)',
+    )  # fmt: skip
     parser.add_argument(
         '--shapes',
         nargs='+',
@@ -323,6 +360,8 @@ def main() -> None:
     if args.rounds < 2:
         parser.error('--rounds must be at least 2: medians and quartiles need it')
     args.device = torch.device(args.device)
+    if 'onnxruntime' in args.what and (args.device.type, args.dtype) != ('cpu', 'float32'):
+        parser.error('--what onnxruntime compares on the CPU in float32: add --device cpu --dtype float32')
     environment = dict(
         hardware=hardware(args.device),
         python=platform.python_version(),
@@ -337,6 +376,7 @@ def main() -> None:
     torch.manual_seed(0)
     rows = benchmark_blocks(args) if 'block' in args.what else []
     rows += benchmark_backbone(args) if 'backbone' in args.what else []
+    rows += benchmark_onnxruntime(args) if 'onnxruntime' in args.what else []
     report(rows, args.out_dir, environment)
 
 
