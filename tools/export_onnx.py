@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
-import textwrap
 import warnings
 from pathlib import Path
 
 import framework_tool  # noqa: F401 - quiets a warning of mmengine's that says nothing about the run
 import torch
-from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from torch import nn
 
-from mmdet_ce.checkpoint_io import CheckpointFileError, read_checkpoint
+from mmdet_ce.checkpoint_io import CheckpointFileError, whole_file
+from mmdet_ce.trained_backbone import load_backbone
 
 try:
     import onnx
@@ -33,28 +31,6 @@ except ImportError as missing:
 TRACED = (2, 3, 224, 320)
 CHECKED = [(1, 3, 320, 480), (3, 3, 203, 171)]
 TOLERANCE = 1e-4  # of the largest magnitude of an output
-
-
-def load_backbone(cfg: Config, path: Path) -> nn.Module:
-    """Build the backbone of ``cfg``, in evaluation, with the weights of a detector's checkpoint or of its own.
-
-    Raises:
-        CheckpointFileError: If the checkpoint cannot be read.
-        ValueError: If it does not fit the backbone, tensor for tensor.
-    """
-    checkpoint = read_checkpoint(path)
-    state_dict = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, dict) else None
-    if not isinstance(state_dict, dict):
-        raise ValueError(f'{path} holds no state dict; expected a checkpoint of a training, like epoch_12.pth')
-    prefix = 'backbone.'
-    own = {key.removeprefix(prefix): t for key, t in state_dict.items() if key.startswith(prefix)}
-    backbone = MODELS.build({**cfg.model.backbone, 'init_cfg': None})
-    try:
-        backbone.load_state_dict(own or state_dict)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit the config's backbone: {textwrap.shorten(str(error), 500)}") from error
-    backbone.eval()  # mmdet's returns nothing
-    return backbone
 
 
 def export(backbone: nn.Module) -> bytes:
@@ -111,13 +87,8 @@ def export_checked(backbone: nn.Module, out: Path) -> None:
         if not difference <= TOLERANCE:  # NaN neither
             raise ValueError(f'onnxruntime and torch differ by {difference:.2g} at {size}; nothing was written')
         print(f'{size}: onnxruntime and torch differ by {difference:.1g} of the largest magnitude')
-    temporary = out.with_name(f'.{out.name}.tmp')
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(model)
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(out) as file:
+        file.write(model)
 
 
 def main() -> None:
@@ -130,8 +101,6 @@ def main() -> None:
     if not args.config.is_file():
         sys.exit(f'error: config {args.config} not found')
     cfg = Config.fromfile(args.config)
-    if 'backbone' not in cfg.get('model', {}):
-        sys.exit(f'error: the model of {args.config} has no backbone to export')
     init_default_scope(cfg.get('default_scope', 'mmdet'))
     try:
         backbone = load_backbone(cfg, args.checkpoint)

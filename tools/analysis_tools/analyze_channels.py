@@ -30,7 +30,7 @@ from mmengine.runner import Runner
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmdet_ce.channel_analysis import (
     ABSOLUTE_THRESHOLD,
@@ -41,8 +41,9 @@ from mmdet_ce.channel_analysis import (
     network_input,
     normalized_entropy,
 )
-from mmdet_ce.checkpoint_io import CheckpointFileError, read_checkpoint
+from mmdet_ce.checkpoint_io import CheckpointFileError
 from mmdet_ce.preflight import find_problems
+from mmdet_ce.trained_backbone import load_backbone
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt  # noqa: E402
@@ -52,29 +53,6 @@ MARKERS = 'osD^'
 FLOOR = 1e-3  # of the logarithmic axes of contribution; what is lower is drawn there
 GROUPS = dict(ce='where CE sits', before='there, before CE', other='elsewhere', output='outputs')  # of layers
 Models = dict[str, dict[str, LayerStatistics]]
-
-
-def load_backbone(cfg: Config, checkpoint: str) -> nn.Module:
-    """Build the config's backbone with the weights of a detector's checkpoint.
-
-    Raises:
-        CheckpointFileError: If the checkpoint cannot be read.
-        ValueError: If it does not hold exactly this backbone.
-    """
-    cfg.model.backbone.init_cfg = None  # the checkpoint brings the weights
-    backbone = MODELS.build(cfg.model.backbone)
-    content = read_checkpoint(checkpoint)
-    state_dict = content.get('state_dict', content) if isinstance(content, dict) else {}
-    weights = {key.removeprefix('backbone.'): t for key, t in state_dict.items() if key.startswith('backbone.')}
-    shapes, given = ({key: t.shape for key, t in tensors.items()} for tensors in (backbone.state_dict(), weights))
-    misfits = [key for key in {**shapes, **given} if shapes.get(key) != given.get(key)]
-    if misfits:
-        raise ValueError(
-            f'{checkpoint} holds another backbone than {cfg.filename}: {len(misfits)} tensors differ, like '
-            f'backbone.{misfits[0]}; expected a checkpoint of a training of this config'
-        )
-    backbone.load_state_dict(weights)
-    return backbone
 
 
 def measure(name: str, cfg: Config, checkpoint: str, num_images: int, device: str) -> dict[str, LayerStatistics]:
