@@ -22,7 +22,7 @@ from test_determinism import Losses
 
 pytestmark = pytest.mark.slow
 
-ITERATIONS = 30
+ITERATIONS = 20
 
 
 @OPTIM_WRAPPERS.register_module()

@@ -36,6 +36,7 @@ def cfg(tmp_path_factory):
     cfg.train_dataloader.update(batch_size=1, num_workers=0, persistent_workers=False)
     cfg.train_dataloader.dataset.data_root = str(data)
     cfg.model.train_cfg.rpn_proposal.update(nms_pre=100, max_per_img=50)
+    cfg.model.train_cfg.rcnn.sampler.num = 16
     cfg.default_hooks.checkpoint.update(interval=-1, save_last=False)
     for key in ('val', 'test'):
         for part in ('dataloader', 'cfg', 'evaluator'):
