@@ -94,46 +94,61 @@ def test_equals_the_reference(block, num_groups, shape, dtype, layout, training,
     assert_agree(flat, expected_flat, TOLERANCE[dtype], 'gradients of the parameters')
 
 
-counts = st.one_of(st.integers(-1, 20), st.sampled_from([64, None, '16', 2.5, True]))
-fractions = st.one_of(st.floats(1e-8, 1), st.sampled_from([0, -1.0, 1, 1e300, float('nan'), float('inf')]))
+ARGUMENTS = dict(
+    in_channels=st.sampled_from([4, 12, 16, 17, 48]),
+    num_channels=st.sampled_from([1, 2, 4, 16, 64]),
+    num_iterations=st.integers(1, 40),
+    reduction=st.integers(1, 4),
+    eps=st.floats(1e-8, 1),
+    momentum=st.floats(0.01, 1),
+)
+BAD = {int: [0, -1, 2.5, '16', None, True], float: [0, -1.0, 1e300, float('inf'), float('nan')]}
+bad_arguments = st.sampled_from(
+    [(name, value) for name in ARGUMENTS for value in BAD[float if name in ('eps', 'momentum') else int]]
+)
 
 
 @generated
-@given(counts, counts, st.one_of(st.integers(-1, 40), st.just(2.5)), counts, fractions, fractions)
-def test_arguments_work_or_are_refused(in_channels, num_channels, num_iterations, reduction, eps, momentum):
-    try:
-        ce = ChannelEquilibrium(in_channels, num_channels, num_iterations, reduction, eps, momentum)
-    except ValueError as error:
-        assert str(error)
+@given(st.fixed_dictionaries(ARGUMENTS), bad_arguments)
+def test_arguments_work_or_are_refused(arguments, bad):
+    with pytest.raises(ValueError, match=bad[0]):
+        ChannelEquilibrium(**{**arguments, bad[0]: bad[1]})
+    in_channels, num_channels = arguments['in_channels'], arguments['num_channels']
+    if num_channels > 1 and in_channels % 2:
+        with pytest.raises(ValueError, match='in_channels=17 cannot be grouped'):
+            ChannelEquilibrium(**arguments)
         return
-    x = torch.randn(2, in_channels, 3, 3, requires_grad=True)
+    ce, x = ChannelEquilibrium(**arguments), torch.randn(2, in_channels, 3, 3, requires_grad=True)
     ce(x).square().sum().backward()
     for tensor in (x.grad, *(p.grad for p in ce.parameters()), *ce.buffers()):
         assert torch.isfinite(tensor).all()
 
 
 @generated
-@given(st.lists(st.integers(0, 5), max_size=6), st.sampled_from([torch.float32, torch.int32, torch.complex64]))
-def test_inputs_work_or_are_refused(shape, dtype):
-    ce, x = ChannelEquilibrium(4, num_channels=2), torch.ones(shape, dtype=dtype)
-    if len(shape) == 4 and shape[1] == 4 and 0 not in shape and dtype == torch.float32:
-        assert ce(x).shape == x.shape
+@given(st.lists(st.sampled_from([0, 1, 4, 5]), max_size=5), st.sampled_from([torch.int32, torch.complex64]))
+def test_inputs_are_refused(shape, dtype):
+    ce = ChannelEquilibrium(4, num_channels=2)
+    with pytest.raises(ValueError, match='ChannelEquilibrium expects'):
+        ce(torch.ones(2, 4, 3, 3, dtype=dtype))
+    if len(shape) == 4 and shape[1] == 4 and 0 not in shape:
+        assert ce(torch.ones(shape)).shape == tuple(shape)
     else:
         with pytest.raises(ValueError, match='ChannelEquilibrium expects'):
-            ce(x)
+            ce(torch.ones(shape))
 
 
 @settings(generated, max_examples=15)
 @given(
-    cls=st.sampled_from([CEResNet, CEMobileNetV2]),
-    stages=st.one_of(st.none(), st.lists(st.sampled_from([True, False, 1, 2, 'yes', None]), max_size=8)),
-    num_channels=st.sampled_from([0, 3, 8, 64, 'many']),
+    st.sampled_from([(CEResNet, dict(depth=18, base_channels=8), 4), (CEMobileNetV2, dict(widen_factor=0.25), 7)]),
+    st.data(),
 )
-def test_backbones_work_or_refuse(cls, stages, num_channels):
-    size = dict(depth=18, base_channels=8) if cls is CEResNet else dict(widen_factor=0.25)
-    try:
-        backbone = cls(ce_cfg=dict(num_channels=num_channels), stage_with_ce=stages, **size)
-    except ValueError as error:
-        assert str(error)
-        return
-    assert all(torch.isfinite(level).all() for level in backbone.eval()(torch.randn(1, 3, 32, 32)))
+def test_backbones_work_or_refuse(network, data):
+    cls, size, num_stages = network
+    right = st.lists(st.booleans(), min_size=num_stages, max_size=num_stages)
+    stages, ce_cfg = data.draw(right), dict(num_channels=data.draw(st.sampled_from([2, 8, 64])))
+    wrong = data.draw(st.sampled_from([stages[1:], [*stages, True], [*stages[1:], 'yes'], 'True', True, 7]))
+    for bad in (dict(stage_with_ce=wrong), dict(ce_cfg=data.draw(st.sampled_from([16, 'CE', True, [8]])))):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            cls(**{'stage_with_ce': stages, 'ce_cfg': ce_cfg, **size, **bad})
+    levels = cls(stage_with_ce=stages, ce_cfg=ce_cfg, **size).eval()(torch.randn(1, 3, 32, 32))
+    assert all(torch.isfinite(level).all() for level in levels)
