@@ -11,7 +11,7 @@ from pathlib import Path
 import mmcv
 from mmdet.utils import collect_env
 
-from .environment import TESTED
+from .environment import describe_versions
 from .version import __version__
 
 PACKAGE = Path(__file__).resolve().parent
@@ -59,7 +59,7 @@ def main() -> None:
     if args.command == 'configs':
         print(*config_names(), f'(in {CONFIGS})', sep='\n')
     elif args.command == 'env':
-        ours = dict(mmdet_ce=f'{__version__} at {PACKAGE}', tested=TESTED, MMCV=mmcv.__version__)
+        ours = dict(mmdet_ce=f'{__version__} at {PACKAGE}', versions=describe_versions(), MMCV=mmcv.__version__)
         for key, value in {**ours, **collect_env()}.items():
             print(f'{key}: {value}')
     else:

@@ -7,6 +7,7 @@ counts is what ``import mmdet`` finds: OpenMMLab's distributions and import-comp
 from __future__ import annotations
 
 import importlib
+import platform
 import re
 from types import ModuleType
 
@@ -18,7 +19,8 @@ SUPPORTED = {
     'mmcv': ('2.0', '3'),
     'mmdet': ('3.0', '4'),
 }
-TESTED = 'torch 2.13.0, mmengine 0.10.7, mmcv 2.1.0 and mmdet 3.3.0'
+# what the tests run with: the pins of requirements.txt
+TESTED = {'python': '3.11', 'torch': '2.13.0', 'mmengine': '0.10.7', 'mmcv': '2.1.0', 'mmdet': '3.3.0'}
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -47,9 +49,10 @@ def _import(name: str) -> ModuleType:
 
 def _message(problem: str) -> str:
     supported = ', '.join(f'{name} >={low},<{high}' for name, (low, high) in SUPPORTED.items())
+    tested = ', '.join(f'{name} {version}' for name, version in TESTED.items())
     return (
         f'mmdet_ce cannot be used: {problem}. Supported: {supported}, from OpenMMLab or an import-compatible fork '
-        f"(onedl-mmdetection and its siblings); tested: {TESTED}. The package's README says how to install them."
+        f"(onedl-mmdetection and its siblings); tested: {tested}. The package's README says how to install them."
     )
 
 
@@ -64,3 +67,16 @@ def check_environment() -> None:
         version = str(getattr(_import(name), '__version__', 'of unknown version'))
         if not _numbers(low) <= _numbers(version) < _numbers(high):
             raise ImportError(_message(f'found {name} {version}'))
+
+
+def describe_versions() -> str:
+    """Return the versions in use in one line, and which of them no test ran with."""
+    found = {'python': platform.python_version()}
+    found.update((name, str(_import(name).__version__)) for name in SUPPORTED)
+    versions = ', '.join(f'{name} {version}' for name, version in found.items())
+    untested = [
+        f'{name} {version} (tested: {TESTED[name]})'
+        for name, version in found.items()
+        if _numbers(version)[: len(_numbers(TESTED[name]))] != _numbers(TESTED[name])
+    ]
+    return f'{versions}; ' + (f'untested: {", ".join(untested)}' if untested else 'tested together')

@@ -10,8 +10,15 @@ import pytest
 import torch
 from mmdet.utils import register_all_modules
 
+from mmdet_ce.environment import describe_versions
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / 'shared'
+
+
+def pytest_report_header() -> str:
+    """Name the versions that the tests run with, in CI's log too."""
+    return describe_versions()
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,9 @@ import subprocess
 import sys
 
 import pytest
+import setup_env
+
+from mmdet_ce.environment import SUPPORTED, TESTED, describe_versions
 
 
 def import_error(setup: str) -> str:
@@ -43,6 +46,28 @@ def test_unusable_framework(setup, problem):
     message = import_error(setup)
     assert message.startswith('ImportError: mmdet_ce cannot be used: ' + problem)
     assert 'Supported: torch >=2.6,<3' in message and 'mmdet >=3.0,<4' in message and 'onedl-mmdetection' in message
+
+
+def test_tested_versions_are_the_pins():
+    pins = dict(
+        line.strip().split('==') for line in (ROOT / 'requirements.txt').read_text().splitlines() if '==' in line
+    )
+    assert {name: version for name, version in TESTED.items() if name != 'python'} == {
+        name: pins[name] for name in SUPPORTED
+    }
+    assert TESTED['python'] == '.'.join(map(str, setup_env.REQUIRED_PYTHON))
+
+
+def test_untested_versions_are_named(monkeypatch):
+    for name in SUPPORTED:
+        monkeypatch.setattr(f'{name}.__version__', f'{TESTED[name]}+local')
+    monkeypatch.setattr('platform.python_version', lambda: f'{TESTED["python"]}.4')
+    assert describe_versions() == (
+        'python 3.11.4, torch 2.13.0+local, mmengine 0.10.7+local, mmcv 2.1.0+local, mmdet 3.3.0+local; tested together'
+    )
+    monkeypatch.setattr('torch.__version__', '2.14.0')
+    monkeypatch.setattr('platform.python_version', lambda: '3.12.1')
+    assert describe_versions().endswith('; untested: python 3.12.1 (tested: 3.11), torch 2.14.0 (tested: 2.13.0)')
 
 
 def test_package_depends_on_nothing():
