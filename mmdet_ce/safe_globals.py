@@ -47,12 +47,10 @@ class SavedArray(np.ndarray):
         return super().__new__(cls, 0)
 
     def __setstate__(self, state: tuple) -> None:
-        """Take shape and values; a second time they would be taken from under who looks at the first."""
-        _, shape, dtype, fortran_order, data = state
-        if self.size or dtype not in NUMBERS.values():
-            raise pickle.UnpicklingError('a checkpoint may hold arrays of plain numbers, each filled once')
-        shape = np.frombuffer(data, dtype).reshape(shape).shape  # which has to be of that size
-        super().__setstate__((1, shape, dtype, fortran_order, data))
+        """Take shape and values: once, since what looks at the first ones would then look at freed memory."""
+        if self.size:
+            raise pickle.UnpicklingError('a checkpoint may not fill an array twice')
+        super().__setstate__(state)
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         """Be saved as a plain array again."""
@@ -71,13 +69,7 @@ def number_dtype(code: str, *_: Any) -> np.dtype:
 
 
 def number(dtype: np.dtype, data: bytes) -> np.generic:
-    """Stand in for numpy's ``scalar``: return the number that ``data`` holds.
-
-    Raises:
-        pickle.UnpicklingError: If ``dtype`` is not that of a plain number.
-    """
-    if dtype not in NUMBERS.values():
-        raise pickle.UnpicklingError(f'a checkpoint may not ask for a numpy scalar of {dtype!r}')
+    """Stand in for numpy's ``scalar``: return the number that ``data`` holds, and never the object that it could be."""
     (value,) = np.frombuffer(data, dtype)
     return value
 

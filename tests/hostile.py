@@ -151,33 +151,35 @@ def forged() -> dict[str, bytes]:
     def tensor(storage_size: int, size: int) -> bytes:
         storage = [('storage', torch.FloatStorage, '0', 'cpu', storage_size)]
         rest = [0, (size,), (1,), False, OrderedDict()]
-        return archive(opcodes([torch._utils._rebuild_tensor_v2], b'(', storage, b'Q', rest, b'tR'), bytes(16))
+        return opcodes([torch._utils._rebuild_tensor_v2], b'(', storage, b'Q', rest, b'tR')
 
     script, compressed, overlapping, other = (io.BytesIO() for _ in range(4))
     torch.jit.save(torch.jit.script(torch.nn.Identity()), script)
     with zipfile.ZipFile(compressed, 'w', zipfile.ZIP_DEFLATED) as out:
-        out.writestr('archive/data.pkl', opcodes([{}]))
+        out.writestr('archive/data.pkl', tensor(50 << 20, 50 << 20))
         out.writestr('archive/data/0', bytes(200 << 20))
-    with zipfile.ZipFile(overlapping, 'w') as out:
-        out.writestr('archive/data.pkl', opcodes([{}]))
-        out.writestr('archive/data/0', bytes(1 << 16))
+        out.writestr('archive/version', b'3\n')
+    overlapping.write(archive(opcodes([{}]), bytes(1 << 16)))
+    with zipfile.ZipFile(overlapping, 'a') as out:
         for index in range(1, 1000):
-            again = copy.copy(out.filelist[1])
+            again = copy.copy(out.getinfo('archive/data/0'))
             again.filename = f'archive/data/{index}'
             out.filelist.append(again)
+        out.comment = b'changed'  # so that the list is written again
     with zipfile.ZipFile(other, 'w') as out:
         out.writestr('word/document.xml', '<xml/>')
     return {
+        'a function that no checkpoint needs': saved(Calls(getattr, HistoryBuffer, '__init__')),
+        'numpy: a dtype of objects': saved(Calls(np.dtype, 'O', False, True)),
         'numpy: objects out of bytes': saved(Calls(scalar, Calls(np.dtype, [('a', 'O')]), np.zeros(1))),
-        'numpy: an object as a scalar': saved(Calls(scalar, Calls(np.dtype, 'O', False, True), {})),
         'numpy: a large array': saved(Calls(_reconstruct, np.ndarray, (10**13,), 'd')),
         'numpy: a large array, made directly': saved(Calls(np.ndarray, (10**13,), 'd')),
         'numpy: more numbers than bytes': saved(array(1000, bytes(8))),
         'numpy: an array filled twice': archive(
             opcodes([array(1000, bytes(8000)), (1, (1,), np.dtype('f8'), False, bytes(8))], b'b')
         ),
-        'torch: a tensor beyond its storage': tensor(4, 10**12),
-        'torch: a storage beyond the file': tensor(10**12, 4),
+        'torch: a tensor beyond its storage': archive(tensor(4, 10**12), bytes(16)),
+        'torch: a storage beyond the file': archive(tensor(10**12, 4), bytes(16)),
         'a persistent id of text': archive(opcodes(['os'], b'Q')),
         'a persistent id of a module': archive(opcodes([('module', 'os', 'os.py', 'system')], b'Q')),
         'an extension code': archive(opcodes(b'\x82\x01')),
