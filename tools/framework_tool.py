@@ -55,7 +55,7 @@ IMAGE_ERRORS = {
 
 def image_error(error: Exception) -> Optional[str]:
     """Say which image the framework failed at, here or in a worker, or None if it was something else."""
-    text = ''.join(traceback.format_exception(error))
+    text = ''.join(traceback.format_exception(None, error, error.__traceback__))
     for pattern, message in IMAGE_ERRORS.items():
         if match := re.search(pattern, text):
             return (
