@@ -14,7 +14,7 @@ demo: setup
 
 test: setup lint
 	@.venv/bin/python tools/setup_env.py --imagenet
-	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
 
 lint: setup
 	@.venv/bin/ruff check --quiet .

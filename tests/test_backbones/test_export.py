@@ -13,6 +13,8 @@ from utils import assert_agree, randomize
 
 from mmdet_ce.ops.fused import is_exporting
 
+pytestmark = pytest.mark.xdist_group('export')  # one worker, one export
+
 ONE_STAGE = dict(base_channels=16, num_stages=1, strides=(1,), dilations=(1,), out_indices=(0,))
 IDENTITY = dict(num_channels=8, identity_start=True)
 

@@ -21,7 +21,7 @@ from utils import randomize
 
 from mmdet_ce.trained_backbone import load_backbone
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group('export_onnx')]  # one worker, one export
 
 BACKBONE = dict(depth=18, base_channels=16, num_stages=1, strides=(1,), dilations=(1,), out_indices=(0,))
 
