@@ -78,7 +78,7 @@ def test_ce_mobilenet_v2_places_ce_after_each_projection():
     block = randomize(backbone.layer7[0]).double().eval()
     x = torch.randn(1, block.expand_conv.in_channels, 5, 5, dtype=torch.float64)
     assert_agree(block(x), block.ce(block.linear_conv(block.depthwise_conv(block.expand_conv(x)))), 1e-9)
-    with pytest.raises(ValueError, match='one value for each of the 7 stages, got 4'):
+    with pytest.raises(ValueError, match='needs True or False for each of the 7 stages, got'):
         CEMobileNetV2(stage_with_ce=(True,) * 4)
 
 
