@@ -21,12 +21,8 @@ class CheckpointFileError(Exception):
     """A checkpoint that cannot be read or written; the message is for the user."""
 
 
-def read_checkpoint(path: str | Path, mmap: bool = False) -> Any:
+def read_checkpoint(path: str | Path) -> Any:
     """Read a checkpoint with ``weights_only=True``: tensors, and what mmengine's checkpoints hold beside them.
-
-    Args:
-        path: The file.
-        mmap: Whether a tensor is read from the file only when it is used.
 
     Raises:
         CheckpointFileError: If there is no such file, it is damaged, would unpack to more than it is, or asks for more
@@ -46,7 +42,7 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> Any:
                 f'checkpoint {path} was refused: it would unpack to {size} bytes, more than it has itself; expected an '
                 'archive without compression, as torch.save writes it'
             )
-        return torch.load(path, map_location='cpu', weights_only=True, mmap=mmap and is_archive)
+        return torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointFileError(f'{path}: {refusal_reason(error)}') from error
     except OSError as error:
@@ -87,6 +83,8 @@ def find_damage(path: str | Path) -> Optional[str]:
             if start != b'PK':
                 known = start[:1] == b'\x80'  # the bare pickle of old versions
                 return None if known else 'is not a checkpoint of torch.save' if start else 'is empty'
+            if _unpacked_size(path) > os.fstat(file.fileno()).st_size:
+                return 'would unpack to more than it is, as no checkpoint of torch.save does'
             part = zipfile.ZipFile(file).testzip()
     except OSError as error:
         return f'cannot be read ({error.strerror or error})'

@@ -100,7 +100,7 @@ def _refusal(path: Any) -> Optional[str]:
     path = Path(path).expanduser()
     try:
         if path.is_file():  # not a remote one
-            read_checkpoint(path, mmap=True)
+            read_checkpoint(path)
     except CheckpointFileError as error:
         return str(error)
     return None

@@ -41,7 +41,7 @@ def prepare_resume(work_dir: str | Path) -> Optional[str]:
         problem = _problem(path)
         if not problem:
             try:
-                meta = read_checkpoint(path, mmap=True)['meta']
+                meta = read_checkpoint(path)['meta']
                 saved[path] = meta['time'], meta['iter']
                 continue
             except (CheckpointFileError, KeyError, TypeError):
