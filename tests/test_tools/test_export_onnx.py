@@ -11,6 +11,7 @@ import sys
 
 import benchmark_ce
 import export_onnx
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -95,6 +96,16 @@ def test_other_numbers_are_not_written(run, folder, no_export):
     message = run('ResNet.py', 'ResNet.pth', 'kept.onnx')
     assert re.fullmatch(r'error: onnxruntime and torch differ by .* at 1x3x320x480; nothing was written', message)
     assert (folder / 'kept.onnx').read_text() == 'before' and not list(folder.glob('.*'))
+
+
+@pytest.mark.parametrize('values', [(1, 1, np.nan), (np.nan, 1, 1)])
+def test_nan_in_any_level_is_a_difference(values):
+    class Session:
+        def run(self, names, inputs):
+            return [np.full((1, 2), value, np.float32) for value in values]
+
+    difference = export_onnx.largest_difference(lambda x: [torch.ones(1, 2)] * 3, Session(), (1, 3, 8, 8))
+    assert not difference <= export_onnx.TOLERANCE
 
 
 def test_place_that_cannot_be_written(run, folder, no_export):
