@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import pickle
@@ -100,6 +101,8 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
     It is written beside its place and moved there. What a kill leaves is a hidden file, ``.NAME.*.tmp``.
     """
     path = Path(path).resolve()  # a link stays a link
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(errno.EINVAL, 'a device, not a file', str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = None
     try:

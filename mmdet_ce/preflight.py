@@ -11,6 +11,7 @@ from typing import Any, Optional
 from mmdet.datasets import CocoDataset
 from mmdet.registry import DATASETS
 from mmengine.config import Config
+from mmengine.fileio import load
 
 from .checkpoint_io import CheckpointFileError, find_damage, read_checkpoint
 from .loading import missing_weights_message
@@ -57,21 +58,15 @@ def find_problems(cfg: Config, split: str, checkpoint: Optional[str] = None) -> 
     for path in filter(None, (checkpoint, cfg.get('load_from') if split == 'train' else None)):
         if _is_missing(path):
             problems.append(f'checkpoint {path} not found; expected a file that a training wrote, like epoch_12.pth')
-        elif damage := _damage(path):
-            problems.append(f'checkpoint {path} {damage}; use another one')
-        elif refusal := _refusal(path):
-            problems.append(refusal)
+        elif problem := _file_problem(path):
+            problems.append(problem)
     # The framework loads these before every training, a resumed one too, and never for a test.
     for d in dicts if split == 'train' else []:
         path = d.get('checkpoint') if d.get('type') == 'Pretrained' else None
-        if not path:
-            continue
-        if _is_missing(path):
+        if path and _is_missing(path):
             problems.append(missing_weights_message(path))
-        elif damage := _damage(path):
-            problems.append(f'pretrained weights: {path} {damage}; get them again')
-        elif refusal := _refusal(path):
-            problems.append(f'pretrained weights: {refusal}')
+        elif path and (problem := _file_problem(path)):
+            problems.append(f'pretrained weights: {problem}')
     return list(dict.fromkeys(problems))
 
 
@@ -89,18 +84,15 @@ def _is_missing(path: Any) -> bool:
     return isinstance(path, (str, Path)) and '://' not in str(path) and not Path(path).expanduser().exists()
 
 
-def _damage(path: Any) -> Optional[str]:
-    """Return what is wrong with a local file as a checkpoint."""
+def _file_problem(path: Any) -> Optional[str]:
+    """Say what is wrong with a local file as a checkpoint; None for a remote one."""
     path = Path(path).expanduser()
-    return find_damage(path) if path.is_file() else None
-
-
-def _refusal(path: Any) -> Optional[str]:
-    """Say why a local checkpoint is refused."""
-    path = Path(path).expanduser()
+    if not path.is_file():
+        return None
+    if damage := find_damage(path):
+        return f'checkpoint {path} {damage}; use another one'
     try:
-        if path.is_file():  # not a remote one
-            read_checkpoint(path)
+        read_checkpoint(path)
     except CheckpointFileError as error:
         return str(error)
     return None
@@ -144,18 +136,21 @@ def _annotation_problem(dataset: dict, ann_file: Path, where: str) -> Optional[s
         return None if is_dict else f'{name} is incomplete or no JSON; {expected}'
     try:
         with redirect_stdout(io.StringIO()):
-            built = DATASETS.build({**dataset, 'pipeline': [], 'serialize_data': False})
+            built = DATASETS.build({**dataset, 'pipeline': [], 'serialize_data': False, 'lazy_init': False})
     except Exception as error:
         return f'{name} cannot be read ({type(error).__name__}: {error}); {expected}'
-    classes = built.metainfo['classes']
-    if len(built.cat_ids) < len(classes):  # the framework would number those it finds from 0
-        return (
-            f'{name} has categories for {len(built.cat_ids)} of the {len(classes)} classes {classes[:4]}...; expected '
-            f'all; set {where}.metainfo.classes, or add the others to the file'
-        )
+    classes, found = built.metainfo.get('classes', ()), getattr(built, 'cat_ids', None)
+    if found is not None and len(found) < len(classes):
+        names = {category['name'] for category in load(ann_file)['categories']}
+        if names.intersection(classes) != set(classes[: len(found)]):  # the framework numbers those it finds from 0
+            return (
+                f'{name} has categories for {len(found)} of the {len(classes)} classes {classes[:4]}...; expected '
+                f'all; set {where}.metainfo.classes, or add the others to the file'
+            )
     if not len(built):
         return f'{name} leaves no image; each needs an object of a known class, and the size that filter_cfg asks for'
-    image = Path(built.get_data_info(0)['img_path'])
-    if image.parent.is_dir() and not image.is_file():
+    path = built.get_data_info(0).get('img_path')
+    image = Path(path) if isinstance(path, str) and '://' not in path else None
+    if image and image.parent.is_dir() and not image.is_file():
         return f'{image}, the first image of {name}, not found; set {where}.data_prefix.img'
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Optional
 
@@ -24,15 +25,20 @@ def prepare_resume(work_dir: str | Path) -> Optional[str]:
         CheckpointFileError: If there was a checkpoint, and no whole one is left.
     """
     last = Path(work_dir).absolute() / 'last_checkpoint'
-    named = last.read_text().strip() if last.is_file() else ''
+    named = last.read_text(errors='replace').strip() if last.is_file() else ''
     if '://' in named:
         return None
     folders = {last.parent, Path(named).absolute().parent if named else last.parent}
-    paths = {path for folder in folders for kind in ('epoch', 'iter') for path in folder.glob(f'{kind}_*.pth')}
+    paths = {
+        path
+        for folder in folders
+        for path in folder.glob('*_*.pth')
+        if re.fullmatch(r'(epoch|iter)_\d+', path.stem) and path.is_file()
+    }
     if named:
-        paths.add(Path(named).absolute())
         if not _problem(Path(named)) and all(p.stat().st_mtime_ns <= last.stat().st_mtime_ns for p in paths):
             return None
+        paths.add(Path(named).absolute())
     if not paths and not last.exists():
         return None
 
@@ -42,9 +48,9 @@ def prepare_resume(work_dir: str | Path) -> Optional[str]:
         if not problem:
             try:
                 meta = read_checkpoint(path)['meta']
-                saved[path] = meta['time'], meta['iter']
+                saved[path] = str(meta['time']), int(meta['iter']), path == Path(named).absolute()
                 continue
-            except (CheckpointFileError, KeyError, TypeError):
+            except (CheckpointFileError, KeyError, TypeError, ValueError):
                 problem = 'is not a checkpoint of a training'
         passed_over.append(f'{path.name} {problem}')
     reasons = '; '.join([f'last_checkpoint named {named or "none"}', *passed_over])

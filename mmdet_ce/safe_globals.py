@@ -50,27 +50,31 @@ class SavedArray(np.ndarray):
         """Take shape and values: once, since what looks at the first ones would then look at freed memory."""
         if self.size:
             raise pickle.UnpicklingError('a checkpoint may not fill an array twice')
-        super().__setstate__(state)
+        version, shape, saved, *rest = state
+        super().__setstate__((version, shape, saved.dtype, *rest))
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         """Be saved as a plain array again."""
         return self.view(np.ndarray).__reduce_ex__(protocol)
 
 
-def number_dtype(code: str, *_: Any) -> np.dtype:
-    """Stand in for ``numpy.dtype``: return the immutable dtype of a plain number.
+class NumberDtype:
+    """``numpy.dtype`` in checkpoints: that of a plain number, in this machine's byte order."""
 
-    Raises:
-        pickle.UnpicklingError: For any other code.
-    """
-    if not isinstance(code, str) or code not in NUMBERS:
-        raise pickle.UnpicklingError(f'a checkpoint may not ask for numpy.dtype({code!r})')
-    return NUMBERS[code]
+    def __init__(self, code: str, *_: Any) -> None:
+        if not isinstance(code, str) or code not in NUMBERS:
+            raise pickle.UnpicklingError(f'a checkpoint may not ask for numpy.dtype({code!r})')
+        self.dtype = NUMBERS[code]
+
+    def __setstate__(self, state: tuple) -> None:
+        """Check the byte order, the one thing in the state that a plain number has."""
+        if self.dtype.newbyteorder(state[1]) != self.dtype:
+            raise pickle.UnpicklingError(f'a checkpoint may not hold numbers of byte order {state[1]!r}')
 
 
-def number(dtype: np.dtype, data: bytes) -> np.generic:
+def number(saved: NumberDtype, data: bytes) -> np.generic:
     """Stand in for numpy's ``scalar``: return the number that ``data`` holds, and never the object that it could be."""
-    (value,) = np.frombuffer(data, dtype)
+    (value,) = np.frombuffer(data, saved.dtype)
     return value
 
 
@@ -99,9 +103,7 @@ SAFE_GLOBALS = [
     (SavedHistoryBuffer, 'mmengine.logging.history_buffer.HistoryBuffer'),
     (getattr_of_mmengine, 'builtins.getattr'),
     (SavedArray, 'numpy.ndarray'),
-    (number_dtype, 'numpy.dtype'),
-    # the classes of the dtypes, which numpy's pickles set the state of; that of an immutable one stays as it is
-    *(type(dtype) for dtype in NUMBERS.values()),
+    (NumberDtype, 'numpy.dtype'),
     # numpy renamed its core in version 2, and a checkpoint names it as the numpy that wrote it did
     *((SavedArray, f'numpy.{core}.multiarray._reconstruct') for core in ('core', '_core')),
     *((number, f'numpy.{core}.multiarray.scalar') for core in ('core', '_core')),
@@ -109,5 +111,9 @@ SAFE_GLOBALS = [
 
 
 def register_safe_globals() -> None:
-    """Admit what mmengine's checkpoints contain; safe to call again."""
+    """Admit what mmengine's checkpoints contain; safe to call again.
+
+    Who admits numpy's own names, too, leaves it to chance whether torch takes the stand-in or the original: it keeps a
+    set.
+    """
     torch.serialization.add_safe_globals(SAFE_GLOBALS)

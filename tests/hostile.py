@@ -172,6 +172,7 @@ def forged() -> dict[str, bytes]:
         'a function that no checkpoint needs': saved(Calls(getattr, HistoryBuffer, '__init__')),
         'numpy: a dtype of objects': saved(Calls(np.dtype, 'O', False, True)),
         'numpy: objects out of bytes': saved(Calls(scalar, Calls(np.dtype, [('a', 'O')]), np.zeros(1))),
+        'numpy: numbers of another byte order': saved(np.arange(3).astype('>f8')),
         'numpy: a large array': saved(Calls(_reconstruct, np.ndarray, (10**13,), 'd')),
         'numpy: a large array, made directly': saved(Calls(np.ndarray, (10**13,), 'd')),
         'numpy: more numbers than bytes': saved(array(1000, bytes(8))),

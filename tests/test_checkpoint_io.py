@@ -112,3 +112,10 @@ def test_a_kill_in_the_middle_leaves_what_was_there(tmp_path):
     assert subprocess.run([sys.executable, '-W', 'ignore', '-c', script]).returncode == -9
     assert read_checkpoint(path)['w'] == 1
     assert [p.suffix for p in tmp_path.iterdir() if p != path] == ['.tmp'], 'never under the name of a checkpoint'
+
+
+def test_a_device_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / 'pipe')
+    with pytest.raises(CheckpointFileError, match='could not be written .a device, not a file.'):
+        write_checkpoint({}, tmp_path / 'pipe')
+    assert (tmp_path / 'pipe').is_fifo() and len(list(tmp_path.iterdir())) == 1

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 from mmdet.datasets import CocoDataset
+from mmdet.registry import DATASETS
 from mmengine.config import Config
 
 from mmdet_ce.preflight import find_problems
@@ -93,6 +94,28 @@ def test_unusable_annotations(change, message, cfg, tmp_path, capsys):
     (problem,) = find_problems(cfg, 'train')
     assert re.search(message, problem) and f'annotation file {path} (train_dataloader' in problem
     assert '\n' not in problem and not capsys.readouterr().out
+
+
+def test_a_class_at_the_end_may_be_missing(cfg, tmp_path):
+    """The framework numbers the others as the config does."""
+    path = tmp_path / 'annotations' / 'instances_train2017.json'
+    coco = json.loads(path.read_text())
+    coco['categories'].pop()
+    path.write_text(json.dumps(coco))
+    assert find_problems(cfg, 'train') == []
+
+
+def test_data_sets_that_are_read_otherwise(cfg):
+    @DATASETS.register_module(force=True)
+    class OwnFormat(CocoDataset):
+        METAINFO = {}
+
+        def load_data_list(self):
+            return [dict(img_id=0, width=64, height=64, instances=[dict(bbox=[0, 0, 9, 9])])]
+
+    cfg.train_dataloader.dataset.lazy_init = True
+    cfg.val_dataloader.dataset.type = 'OwnFormat'
+    assert find_problems(cfg, 'train') == []
 
 
 def test_large_annotation_files_are_looked_at_from_both_ends(cfg, tmp_path, monkeypatch):

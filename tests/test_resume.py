@@ -112,3 +112,17 @@ def test_new_training_and_remote_checkpoints(tmp_path):
     assert prepare_resume(tmp_path) is None
     name(tmp_path, 's3://bucket/epoch_3.pth')
     assert prepare_resume(tmp_path) is None
+
+
+def test_files_that_are_no_checkpoints_to_resume_from(run):
+    """A published file has the newest time, and neither optimizer nor schedule."""
+    (run / 'epoch_3-24d32017.pth').write_bytes((run / 'epoch_3.pth').read_bytes())
+    (run / 'epoch_11.pth').symlink_to(run / 'gone.pth')
+    assert prepare_resume(run) is None and named(run) == 'epoch_3.pth'
+    (run / 'last_checkpoint').write_bytes(b'\xff\x00')
+    assert 'epoch_3.pth' in prepare_resume(run) and named(run) == 'epoch_3.pth'
+
+
+def test_a_time_that_is_none(run):
+    torch.save(dict(meta=dict(time=None, iter=40)), run / 'epoch_4.pth')
+    assert 'newest whole checkpoint' in prepare_resume(run)

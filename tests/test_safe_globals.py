@@ -110,10 +110,10 @@ def test_a_file_cannot_change_the_framework(tmp_path):
     forged = (3, '<', None, ('a',), {'a': (np.dtype('f4'), 0)}, 8, 1, 1)
     content = [Calls(HistoryBuffer, state=state), Calls(np.dtype, 'f8', False, True, state=forged)]
     torch.save(content, tmp_path / 'a.pth')
-    history, dtype = torch.load(tmp_path / 'a.pth')
+    history, saved = torch.load(tmp_path / 'a.pth')
     assert HistoryBuffer._statistics_methods['mean'] is mean and history.statistics('mean') == 1
     assert type(history) is HistoryBuffer and type(history._log_history) is np.ndarray
-    assert dtype == np.dtype('f8') and dtype.fields is None and np.dtype('f8').fields is None
+    assert saved.dtype == np.dtype('f8') and np.dtype('f8').fields is None
 
 
 def test_torch_load_is_not_replaced():

@@ -48,7 +48,8 @@ class AtomicCheckpointHook(CheckpointHook):
     """
 
     def __init__(self, *, backend_args: Optional[dict] = None, **kwargs: Any) -> None:
-        if backend_args is None and '://' not in str(kwargs.get('out_dir')):
+        remote = '://' in str(kwargs.get('out_dir'))
+        if backend_args is None and kwargs.get('file_client_args') is None and not remote:
             backend_args = dict(backend='atomic')
         super().__init__(backend_args=backend_args, **kwargs)
 

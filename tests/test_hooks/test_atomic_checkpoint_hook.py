@@ -15,6 +15,7 @@ from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
 
+from mmdet_ce import AtomicCheckpointHook
 from mmdet_ce.checkpoint_io import find_damage
 
 ENOUGH = 1 << 17  # bytes: for logs, and not for a checkpoint
@@ -171,3 +172,9 @@ def test_another_folder_for_checkpoints(tmp_path):
     runner(tmp_path / 'run', epochs=1, out_dir=str(tmp_path / 'out')).train()
     assert (tmp_path / 'run' / 'last_checkpoint').read_text() == str(tmp_path / 'out' / 'run' / 'epoch_1.pth')
     assert not find_damage(tmp_path / 'out' / 'run' / 'epoch_1.pth')
+
+
+def test_a_users_own_backend_is_kept():
+    hook = AtomicCheckpointHook(file_client_args=dict(backend='disk'))
+    assert hook.backend_args is None and hook.file_client_args == dict(backend='disk')
+    assert AtomicCheckpointHook().backend_args == dict(backend='atomic')

@@ -59,7 +59,7 @@ def train(work_dir, model, hooks=(), backends=('LocalVisBackend',), max_iters=4,
         randomness=dict(seed=0),
         default_scope='mmdet',
         resume=resume,
-        experiment_name=f'{work_dir.name}-{max_iters}',
+        experiment_name=f'{"-".join(work_dir.parts[-2:])}-{max_iters}',
     )
     runner.train()
     return runner
