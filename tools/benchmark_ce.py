@@ -13,6 +13,7 @@ import json
 import platform
 import re
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -268,7 +269,7 @@ def report(rows: list[dict[str, Any]], out_dir: Path, environment: dict[str, Any
     comparisons: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         comparisons.setdefault(row['comparison'], []).append(row)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(environment)
     for title, group in comparisons.items():
         table = Table(title=title)

@@ -90,7 +90,7 @@ def report(results: dict[str, list[dict[str, float]]], seeds: list[int], out_dir
             spread = f' ± {statistics.stdev(values):.3f}' if len(values) > 1 else ''
             cells += [f'{statistics.mean(values):.3f}{spread}', ' '.join(f'{value:.3f}' for value in values)]
         table.add_row(name, *cells)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(environment, table)
     record = dict(environment=environment, seeds=seeds, runs=results)
     (out_dir / 'results.json').write_text(json.dumps(record, indent=1))

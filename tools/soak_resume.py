@@ -294,7 +294,7 @@ def main() -> None:
     def training(name: str, seed: int, repeatable: bool = False) -> Training:
         return Training(cfg, args.out_dir / name, seed, repeatable)
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     alone, killed = (training(f'repeatable_{name}', args.seeds[0], True) for name in ('alone', 'killed'))
     start = time.time()
     alone.finish()

@@ -155,7 +155,7 @@ def report(models: Models, args: argparse.Namespace) -> None:
             cells += [f'{row["lambda"]:.3f}', f'{row["off_diagonal_before"]:.2f} > {row["off_diagonal_after"]:.2f}']
         table.add_row(*cells)
     lines = bottom_line(summary)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table, lines, highlight=False)
 
     args.out_dir.mkdir(parents=True, exist_ok=True)
