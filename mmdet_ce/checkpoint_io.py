@@ -55,6 +55,18 @@ def read_checkpoint(path: str | Path) -> Any:
         raise CheckpointFileError(f'checkpoint {path} is damaged or no checkpoint ({reason}); get it again') from error
 
 
+def state_dict_of(checkpoint: Any, path: str | Path) -> dict[str, Any]:
+    """Return the state dict in what was read from ``path``: under that name, or all of it.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    state_dict = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, dict) else None
+    if not isinstance(state_dict, dict):
+        raise ValueError(f'{path} holds no state dict; expected a checkpoint of a training, like epoch_12.pth')
+    return state_dict
+
+
 def _unpacked_size(archive: Path) -> int:
     """Return the bytes that an archive says it holds. Neither compression nor overlap can hide from this sum."""
     with zipfile.ZipFile(archive) as file:

@@ -8,7 +8,7 @@ from mmdet.registry import MODELS
 from mmengine.config import Config
 from torch import nn
 
-from .checkpoint_io import read_checkpoint
+from .checkpoint_io import read_checkpoint, state_dict_of
 
 
 def load_backbone(cfg: Config, path: str | Path) -> nn.Module:
@@ -20,10 +20,7 @@ def load_backbone(cfg: Config, path: str | Path) -> nn.Module:
     """
     if 'backbone' not in cfg.get('model', {}):
         raise ValueError(f'the model of {cfg.filename} has no backbone')
-    checkpoint = read_checkpoint(path)
-    state_dict = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, dict) else None
-    if not isinstance(state_dict, dict):
-        raise ValueError(f'{path} holds no state dict; expected a checkpoint of a training, like epoch_12.pth')
+    state_dict = state_dict_of(read_checkpoint(path), path)
     prefix = 'backbone.'
     own = {key.removeprefix(prefix): t for key, t in state_dict.items() if key.startswith(prefix)} or state_dict
     backbone = MODELS.build({**cfg.model.backbone, 'init_cfg': None})  # the checkpoint brings the weights

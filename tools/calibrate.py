@@ -14,7 +14,7 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import Runner, load_state_dict, set_random_seed
 
 from mmdet_ce.calibration import calibrate
-from mmdet_ce.checkpoint_io import CheckpointFileError, read_checkpoint, write_checkpoint
+from mmdet_ce.checkpoint_io import CheckpointFileError, read_checkpoint, state_dict_of, write_checkpoint
 from mmdet_ce.preflight import find_problems
 
 
@@ -28,9 +28,7 @@ def calibrate_checkpoint(
         ValueError: If ``source`` does not belong to the config's model, or there is nothing to calibrate.
     """
     checkpoint = read_checkpoint(source)
-    state_dict = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, dict) else None
-    if not isinstance(state_dict, dict):
-        raise ValueError(f'{source} holds no state dict; expected a checkpoint of a training, like epoch_12.pth')
+    state_dict = state_dict_of(checkpoint, source)
     if cfg.get('data_preprocessor'):
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)  # as the Runner does
     model = MODELS.build(cfg.model).to(device)

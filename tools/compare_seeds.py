@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmdet_ce import __version__
+from mmdet_ce.checkpoint_io import whole_file
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt  # noqa: E402
@@ -53,9 +54,8 @@ def train(run: Run, seed: int, options: list[str], work_dir: Path) -> dict[str, 
         if subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode:
             sys.exit(f'error: training {run.name} with seed {seed} failed: {log}\n{log.read_text()[-1000:]}')
     metrics = read_metrics(work_dir)
-    unfinished = done.with_suffix('.tmp')
-    unfinished.write_text(json.dumps(dict(identity=identity, metrics=metrics)))
-    unfinished.replace(done)
+    with whole_file(done) as file:
+        file.write(json.dumps(dict(identity=identity, metrics=metrics)).encode())
     return metrics
 
 

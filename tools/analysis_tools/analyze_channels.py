@@ -338,8 +338,6 @@ def main() -> None:
             sys.exit(f'error: config {config} of {name} not found')
         cfg = Config.fromfile(config)
         cfg.merge_from_dict(args.cfg_options or {})
-        if 'backbone' not in cfg.model:
-            sys.exit(f'error: the model of {config} has no backbone to measure')
         cfg.pop('test_evaluator', None)  # nothing is evaluated
         problems = find_problems(cfg, 'test', checkpoint)
         if problems:
