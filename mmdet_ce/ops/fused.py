@@ -43,10 +43,10 @@ class Affine(NamedTuple):
 def affine_of(norm: _BatchNorm) -> Affine:
     """Return the affine map that a BatchNorm in evaluation is, in float32 at least."""
     weight = torch.rsqrt(_at_least_float32(norm.running_var) + norm.eps)
-    if norm.affine:
-        weight = norm.weight * weight
-    bias = -norm.running_mean * weight
-    return Affine(weight, bias + norm.bias if norm.affine else bias)
+    if not norm.affine:
+        return Affine(weight, -norm.running_mean * weight)
+    weight = norm.weight * weight
+    return Affine(weight, torch.addcmul(norm.bias, norm.running_mean, weight, value=-1))
 
 
 def channel_equilibrium(
@@ -156,6 +156,7 @@ class _Terms(NamedTuple):
     rectified: Tensor  # (N, C / r), relu(LayerNorm(W1 v))
     gate: Tensor  # (N, C)
     lam: Tensor  # (1,), lambda
+    reweighting: Tensor  # (N, C), (1 - lambda) gate / s
     equalizer: Tensor  # (N, G, d, d), M of CE alone
     matrix: Tensor  # (N, G, d, d), M
     folded: Tensor  # (N, G, d, d), M diag(a)
@@ -188,7 +189,7 @@ def _terms(
 
     samples = positions = between = covariance = mean = trace = normalized = has_variance = None
     if options.running is None:
-        sample_means = means if weight is None else weight * means + bias
+        sample_means = means if weight is None else torch.addcmul(bias, weight, means)
         center, mean_square = means.mean(0), sample_means.square().mean().view(1)
         mean_variance = variance.mean().view(1)
         group = options.process_group
@@ -201,12 +202,11 @@ def _terms(
         covariance = torch.baddbmm(squares.sum(0), between.transpose(1, 2), between, beta=1 / (n * length), alpha=1 / n)
         if group is not None:
             ((covariance, _),) = _means_over_processes(group, (covariance, n * length))
-        sigma = covariance
+        mean, sigma = center[..., None], covariance
         if weight is not None:
-            center = weight * center + bias
+            mean = torch.addcmul(bias, weight, center)[..., None]
             sigma = weight[:, :, None] * covariance * weight[:, None, :]
-        mean = center[..., None]
-        sigma = sigma + options.eps * torch.eye(d, dtype=sigma.dtype, device=sigma.device)
+        sigma = torch.add(sigma, _eye(sigma), alpha=options.eps)
         trace = sigma.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
         normalized = sigma / trace
         whitening = inverse_sqrt_newton(normalized, options.num_iterations)
@@ -221,16 +221,17 @@ def _terms(
 
     # M = lambda P + (1 - lambda) diag(gate / s)
     lam = torch.sigmoid(theta)
-    equalizer = lam * whitening + ((1 - lam) / scale * gate).view(n, g, d).diag_embed()
-    matrix = equalizer
+    reweighting = (1 - lam) / scale * gate
+    matrix = equalizer = lam * whitening + reweighting.view(n, g, d).diag_embed()
     if alpha is not None:
-        matrix = torch.lerp(torch.eye(d, dtype=lam.dtype, device=lam.device), equalizer, alpha.to(lam.dtype))
+        matrix = torch.lerp(_eye(equalizer), equalizer, alpha.to(lam.dtype))
     folded, constant = matrix, None
     if weight is not None:
         folded, constant = matrix * weight[:, None, :], matrix @ bias[:, :, None]
     return _Terms(
         means, samples, positions, between, covariance, mean, own_variance, variance, trace, normalized, whitening,
-        has_variance, scale, hidden, *hidden_moments, rectified, gate, lam, equalizer, matrix, folded, constant,
+        has_variance, scale, hidden, *hidden_moments, rectified, gate, lam, reweighting, equalizer, matrix, folded,
+        constant,
     )  # fmt: skip
 
 
@@ -245,6 +246,7 @@ class _ChannelEquilibrium(torch.autograd.Function):
         means, squares = _reduce(flat, x.shape[0], options.running is None, scratch=out.view(flat.shape))
         terms = _terms(means, squares, flat.shape[2], options, *inputs)
         ctx.options = options
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *inputs, *terms)
         _multiply(terms.folded, terms.constant, flat, out=out.view(flat.shape))
         statistics = (terms.mean, terms.whitening, terms.scale)
@@ -253,7 +255,9 @@ class _ChannelEquilibrium(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor, *_: Optional[Tensor]) -> tuple[Optional[Tensor], ...]:
+    def backward(ctx: FunctionCtx, grad: Optional[Tensor], *_: Optional[Tensor]) -> tuple[Optional[Tensor], ...]:
+        if grad is None:  # nothing depends on the output
+            return (None,) * 10
         x, weight, bias, alpha, _, w1, norm_weight, norm_bias, w2, *terms = ctx.saved_tensors
         t = _Terms(*terms)
         n, g, d = t.means.shape
@@ -270,28 +274,28 @@ class _ChannelEquilibrium(torch.autograd.Function):
                 d_constant = dy.sum(2).view(n, g, d, 1)
                 d_weight = (t.matrix * d_matrix).sum((0, 2))
                 d_bias = (t.matrix * d_constant).sum((0, 2))
-                d_matrix = d_matrix * weight[:, None, :] + d_constant * bias[:, None, :]
+                d_matrix = torch.addcmul(d_matrix * weight[:, None, :], d_constant, bias[:, None, :])
 
             d_alpha = None
             if alpha is not None:  # (1 - alpha) I + alpha M
-                eye = torch.eye(d, dtype=dy.dtype, device=dy.device)
-                d_alpha = (d_matrix * (t.equalizer - eye)).sum().view(1)
+                d_alpha = (d_matrix * (t.equalizer - _eye(t.equalizer))).sum().view(1)
                 d_matrix = alpha.to(dy.dtype) * d_matrix
 
             # M = lambda P + (1 - lambda) diag(gate / s)
             d_whitening = t.lam * d_matrix.sum(0)
-            d_reweighting = (1 - t.lam) * d_matrix.diagonal(dim1=2, dim2=3).reshape(n, -1)
-            reweighting = t.gate / t.scale
-            towards_whitening, towards_scale = (d_whitening * t.whitening).sum(), (d_reweighting * reweighting).sum()
-            d_theta = (1 - t.lam) * towards_whitening - t.lam * towards_scale
+            by_reweighting = (d_matrix.diagonal(dim1=2, dim2=3) * t.reweighting.view(n, g, d)).view(n, -1)
+            towards_whitening = torch.dot(d_whitening.flatten(), t.whitening.flatten())
+            towards_scale = by_reweighting.sum()
+            # lambda = sigmoid(theta): lambda' = lambda (1 - lambda)
+            d_theta = (towards_whitening - t.lam * (towards_whitening + towards_scale)).view(1)
             group = ctx.options.process_group
             if group is not None:  # P and s come from all processes and serve all
                 d_whitening, towards_scale = _sum_over_processes(group, d_whitening, towards_scale.view(1))
 
             # gate = sigmoid(W2 relu(LayerNorm(W1 v)))
-            d_logits = d_reweighting * reweighting * (1 - t.gate)
+            d_logits = torch.addcmul(by_reweighting, by_reweighting, t.gate, value=-1)
             d_w2 = d_logits.T @ t.rectified
-            d_normed = (d_logits @ w2) * (t.rectified > 0)
+            d_normed = torch.ops.aten.threshold_backward(d_logits @ w2, t.rectified, 0)
             d_hidden, d_norm_weight, d_norm_bias = torch.ops.aten.native_layer_norm_backward(
                 d_normed, t.hidden, norm_bias.shape, t.hidden_mean, t.hidden_rstd, norm_weight, norm_bias, [True] * 3
             )
@@ -300,12 +304,13 @@ class _ChannelEquilibrium(torch.autograd.Function):
 
             if ctx.options.running is None:
                 # s = sqrt(mean(v))
-                count = (n if group is None else t.samples) * g * d
-                d_variance = d_variance - t.has_variance * towards_scale / (2 * t.scale.square() * count)
+                twice_count = (n if group is None else t.samples) * (2 * g * d)
+                d_variance = d_variance - t.has_variance * towards_scale / (twice_count * t.scale.square())
             d_variance = d_variance.view(n, g, d)
             if weight is not None:  # v = a^2 diag(S) / (L - 1)
-                d_weight += 2 * weight * (t.own_variance * d_variance).sum(0)
-                d_variance = d_variance * weight.square()
+                d_variance = weight * d_variance
+                d_weight.add_((t.own_variance * d_variance).sum(0), alpha=2)
+                d_variance = weight * d_variance
             d_diagonal = (2 / max(length - 1, 1)) * d_variance
 
             d_x = None
@@ -313,19 +318,20 @@ class _ChannelEquilibrium(torch.autograd.Function):
                 # P = f(Sigma_N), Sigma_N = Sigma / trace(Sigma), Sigma = eps + a (covariance of z) a^T
                 d_normalized = inverse_sqrt_newton_derivative(t.normalized, d_whitening, ctx.options.num_iterations)
                 along = (d_normalized * t.normalized).sum((1, 2), keepdim=True)
-                d_sigma = (d_normalized - along * torch.eye(d, dtype=dy.dtype, device=dy.device)) / t.trace
+                d_sigma = torch.addcmul(d_normalized, along, _eye(d_normalized), value=-1) / t.trace
                 if weight is not None:
                     # All processes compute the same here, and their gradients will be added
                     share = 1 if group is None else group.size()
-                    d_weight += 2 / share * (d_sigma * t.covariance * weight[:, None, :]).sum(2)
-                    d_sigma = weight[:, :, None] * d_sigma * weight[:, None, :]
+                    d_sigma = d_sigma * weight[:, None, :]
+                    d_weight.add_((d_sigma * t.covariance).sum(2), alpha=2 / share)
+                    d_sigma = weight[:, :, None] * d_sigma
                 if ctx.needs_input_grad[0]:
-                    positions = n * length if group is None else t.positions
-                    d_means = torch.bmm(t.between, d_sigma).transpose(0, 1) * (2 * length / positions)
-                    symmetric = d_sigma * (2 / positions) + d_diagonal.diag_embed()
+                    d_sigma = d_sigma * (2 / (n * length if group is None else t.positions))
+                    symmetric = d_sigma + d_diagonal.diag_embed()
                     if length == 1:  # x = m; what multiplies x - m may be as large as 1 / eps
                         symmetric = torch.zeros_like(symmetric)
-                    constant = d_means[..., None] / length - symmetric @ t.means[..., None]
+                    d_means = torch.bmm(t.between, d_sigma).transpose(0, 1)  # over L
+                    constant = d_means[..., None] - symmetric @ t.means[..., None]
                     d_x = _multiply(t.folded.transpose(2, 3), constant, dy)
                     d_x.baddbmm_(symmetric.view(-1, d, d), flat)
             elif ctx.needs_input_grad[0]:
@@ -336,6 +342,10 @@ class _ChannelEquilibrium(torch.autograd.Function):
         if weight is not None:
             d_weight, d_bias = d_weight.flatten(), d_bias.flatten()
         return d_x, None, d_weight, d_bias, d_alpha, d_theta, d_w1, d_norm_weight, d_norm_bias, d_w2
+
+
+def _eye(like: Tensor) -> Tensor:
+    return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

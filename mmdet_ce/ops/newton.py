@@ -23,7 +23,7 @@ def inverse_sqrt_newton(normalized: Tensor, num_iterations: int) -> Tensor:
     """
     eye = torch.eye(normalized.shape[-1], dtype=normalized.dtype, device=normalized.device)
     y = normalized  # P_0 Sigma_N
-    step = p = 1.5 * eye - 0.5 * y  # the first step, from P_0 = I
+    step = p = torch.lerp(eye, y, -0.5)  # 1.5 I - 0.5 Sigma_N, the first step from P_0 = I
     for _ in range(num_iterations - 1):
         y = y @ step
         step = torch.baddbmm(eye, p, y, beta=1.5, alpha=-0.5)
@@ -50,5 +50,5 @@ def inverse_sqrt_newton_derivative(normalized: Tensor, direction: Tensor, num_it
     d = normalized.shape[-1]
     block = normalized.new_zeros(len(normalized), 2 * d, 2 * d)
     block[:, :d, :d] = block[:, d:, d:] = normalized
-    block[:, :d, d:] = 0.5 * (direction + direction.transpose(1, 2))
+    block[:, :d, d:] = torch.lerp(direction, direction.transpose(1, 2), 0.5)
     return inverse_sqrt_newton(block, num_iterations)[:, :d, d:]
