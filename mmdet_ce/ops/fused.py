@@ -72,8 +72,8 @@ def channel_equilibrium(
     under autocast too, and in float64 where a training takes more than 8 Newton steps.
 
     Args:
-        x: (N, C, H, W), or the input z of the norm where ``affine`` is given. Input that is not contiguous is copied to
-            the contiguous format first.
+        x: (N, C, H, W), or the input z of the norm where ``affine`` is given. Input that is neither contiguous nor
+            channels_last is copied to the contiguous format first.
         theta: (1,), lambda is its sigmoid.
         fc1_weight: (C / r, C), W1 of the gate.
         norm_weight: (C / r,), LayerNorm's scale.
@@ -99,14 +99,15 @@ def channel_equilibrium(
     inputs = (*(affine or (None, None)), alpha, theta, fc1_weight, norm_weight, norm_bias, fc2_weight)
     with no_autocast(x):
         if torch.jit.is_tracing() or is_exporting():  # the same, in operations that a trace records
-            flat = _flat(x, group_size, _working_dtype(x, options))
-            terms = _terms(*_reduce(flat, x.shape[0], not evaluation), flat.shape[2], options, *inputs)
+            flat = _flat(x, group_size, _working_dtype(x, options), channels_last=False)
+            terms = _terms(*_reduce(flat, x.shape[0], not evaluation, False), flat.shape[2], options, *inputs)
             # Copied: adding to a view in place would put reshapes around all that follows in an exported graph
-            out = _multiply(terms.folded, terms.constant, flat).to(x.dtype).view(x.shape).clone()
+            out = _multiply(terms.folded, flat, terms.constant, False).to(x.dtype).view(x.shape).clone()
             statistics = [None if t is None else t.detach() for t in (terms.mean, terms.whitening, terms.scale)]
         else:
             out, *statistics = _ChannelEquilibrium.apply(x, options, *inputs)
-    return CEOutput(out.contiguous(memory_format=_memory_format(x)), *statistics)
+    memory_format = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
+    return CEOutput(out.contiguous(memory_format=memory_format), *statistics)
 
 
 def is_exporting() -> bool:
@@ -240,15 +241,17 @@ class _ChannelEquilibrium(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, options: _Options, *inputs: Optional[Tensor]) -> tuple[Tensor, ...]:
-        flat = _flat(x, options.group_size, _working_dtype(x, options))
-        # Allocated in its final shape: autograd lets nobody change a function's output that is a view.
-        out = flat.new_empty(x.shape)
-        means, squares = _reduce(flat, x.shape[0], options.running is None, scratch=out.view(flat.shape))
+        channels_last = _is_channels_last(x)
+        flat = _flat(x, options.group_size, _working_dtype(x, options), channels_last)
+        buffer = None if channels_last else torch.empty_like(flat)  # torch.compile takes none that is transposed
+        means, squares = _reduce(flat, x.shape[0], options.running is None, channels_last, out=buffer)
         terms = _terms(means, squares, flat.shape[2], options, *inputs)
-        ctx.options = options
+        ctx.options, ctx.channels_last = options, channels_last
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *inputs, *terms)
-        _multiply(terms.folded, terms.constant, flat, out=out.view(flat.shape))
+        flat_out = _multiply(terms.folded, flat, terms.constant, channels_last, out=buffer)
+        # Detached: autograd lets nobody change a function's output in place that is a view.
+        out = _unflat(flat_out, x, channels_last).detach()
         statistics = (terms.mean, terms.whitening, terms.scale)
         ctx.mark_non_differentiable(*(t for t in statistics if t is not None))
         return out.to(x.dtype), *statistics
@@ -263,7 +266,8 @@ class _ChannelEquilibrium(torch.autograd.Function):
         n, g, d = t.means.shape
         w1, norm_weight, norm_bias, w2 = (p.to(t.means.dtype) for p in (w1, norm_weight, norm_bias, w2))
         with no_autocast(x):
-            flat, dy = (_flat(tensor, d, t.means.dtype) for tensor in (x, grad))
+            channels_last = ctx.channels_last
+            flat, dy = (_flat(tensor, d, t.means.dtype, channels_last) for tensor in (x, grad))
             length = flat.shape[2]
             d_matrix = torch.bmm(dy, flat.transpose(1, 2)).view(n, g, d, d)
 
@@ -332,13 +336,13 @@ class _ChannelEquilibrium(torch.autograd.Function):
                         symmetric = torch.zeros_like(symmetric)
                     d_means = torch.bmm(t.between, d_sigma).transpose(0, 1)  # over L
                     constant = d_means[..., None] - symmetric @ t.means[..., None]
-                    d_x = _multiply(t.folded.transpose(2, 3), constant, dy)
-                    d_x.baddbmm_(symmetric.view(-1, d, d), flat)
+                    d_x = _multiply(t.folded.mT, dy, constant, channels_last)
+                    d_x = _multiply(symmetric, flat, d_x, channels_last, out=None if channels_last else d_x)
             elif ctx.needs_input_grad[0]:
-                d_x = _multiply(t.folded.transpose(2, 3), -(d_diagonal * t.means)[..., None], dy)
+                d_x = _multiply(t.folded.mT, dy, -(d_diagonal * t.means)[..., None], channels_last)
                 d_x.addcmul_(d_diagonal.view(-1, d, 1), flat)
             if d_x is not None:
-                d_x = d_x.to(x.dtype).view(x.shape)
+                d_x = _unflat(d_x, x, channels_last).to(x.dtype)
         if weight is not None:
             d_weight, d_bias = d_weight.flatten(), d_bias.flatten()
         return d_x, None, d_weight, d_bias, d_alpha, d_theta, d_w1, d_norm_weight, d_norm_bias, d_w2
@@ -352,9 +356,8 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _memory_format(x: Tensor) -> torch.memory_format:
-    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if channels_last else torch.contiguous_format
+def _is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def _working_dtype(x: Tensor, options: _Options) -> torch.dtype:
@@ -367,34 +370,61 @@ def _working_dtype(x: Tensor, options: _Options) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float64 if many else torch.float32)
 
 
-def _flat(x: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
-    """Return (N, C, H, W) as (N G, d, L) in ``dtype``; a view of contiguous input of that."""
+def _grouped(x: Tensor, group_size: int) -> Tensor:
+    """View (N, C, H, W), contiguous or channels_last, as (N, G, d, L)."""
+    return x.flatten(2).unflatten(1, (-1, group_size))
+
+
+def _flat(x: Tensor, group_size: int, dtype: torch.dtype, channels_last: bool) -> Tensor:
+    """Return (N, C, H, W) as (N G, d, L) in ``dtype``; a view of input that is contiguous and of that dtype.
+
+    In channels_last it is the transpose, (N G, L, d), that is contiguous: the channels of a group stay side by side.
+    """
+    if channels_last:
+        x = x.to(dtype).contiguous(memory_format=torch.channels_last)
+        return _grouped(x, group_size).mT.flatten(0, 1).contiguous().mT
     return x.reshape(-1, group_size, x.shape[2] * x.shape[3]).to(dtype)
 
 
+def _unflat(flat: Tensor, like: Tensor, channels_last: bool) -> Tensor:
+    """Return (N G, d, L) in the shape of ``like``."""
+    if not channels_last:
+        return flat.view(like.shape)
+    out = torch.empty_like(like, dtype=flat.dtype)
+    _grouped(out, flat.shape[1]).copy_(flat.unflatten(0, (like.shape[0], -1)))
+    return out
+
+
 def _reduce(
-    flat: Tensor, num_samples: int, with_covariance: bool, scratch: Optional[Tensor] = None
+    flat: Tensor, num_samples: int, with_covariance: bool, channels_last: bool, out: Optional[Tensor] = None
 ) -> tuple[Tensor, Tensor]:
     """Return the means over positions, (N, G, d), and the products summed about them.
 
     The products are S = (x - m)(x - m)^T, (N, G, d, d), or without covariance their diagonals alone, (N, G, d).
-    ``scratch``, of the shape of ``flat``, is overwritten.
+    ``out``, of the shape of ``flat``, is overwritten with x - m.
     """
     means = flat.mean(2)
-    centered = torch.sub(flat, means[..., None], out=scratch)
+    centered = torch.sub(flat, means[..., None], out=out)
     if with_covariance:
         squares = torch.bmm(centered, centered.transpose(1, 2))
+    elif channels_last:  # torch is slow at a norm over positions that are not side by side
+        squares = centered.square_().sum(2)
     else:
         squares = torch.linalg.vector_norm(centered, dim=2).square()
     return means.unflatten(0, (num_samples, -1)), squares.unflatten(0, (num_samples, -1))
 
 
-def _multiply(matrix: Tensor, constant: Optional[Tensor], flat: Tensor, out: Optional[Tensor] = None) -> Tensor:
-    """Return M x + constant, (N G, d, L), in ``out`` if given."""
-    matrix = matrix.flatten(0, 1)
-    if constant is None:
-        return torch.bmm(matrix, flat, out=out)
-    return torch.baddbmm(constant.flatten(0, 1), matrix, flat, out=out)
+def _multiply(
+    matrix: Tensor, flat: Tensor, addend: Optional[Tensor], channels_last: bool, out: Optional[Tensor] = None
+) -> Tensor:
+    """Return M x + addend, (N G, d, L), in ``out`` if given; of channels_last input the transpose is contiguous."""
+    left, right = matrix.flatten(0, 1), flat
+    if addend is not None:
+        addend = addend.flatten(0, -3)
+    if channels_last:
+        left, right, addend = right.mT, left.mT, None if addend is None else addend.mT
+    product = torch.bmm(left, right, out=out) if addend is None else torch.baddbmm(addend, left, right, out=out)
+    return product.mT if channels_last else product
 
 
 def _sum_over_processes(group: dist.ProcessGroup, *values: Tensor) -> list[Tensor]:

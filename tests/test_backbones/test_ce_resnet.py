@@ -343,21 +343,26 @@ def test_positional_arguments_as_in_mmdet():
     assert CEResNet(18, 1, 16, 16, 4).conv1.weight.shape == (16, 1, 7, 7)
 
 
-def test_compiles_in_evaluation_without_a_graph_break():
-    backbone = randomize(CEResNet(depth=18, **TINY)).eval()
-    x = torch.randn(1, 3, 32, 32)
+MEMORY_FORMATS = pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+
+
+@MEMORY_FORMATS
+def test_compiles_in_evaluation_without_a_graph_break(memory_format):
+    backbone = randomize(CEResNet(depth=18, **TINY)).eval().to(memory_format=memory_format)
+    x = torch.randn(1, 3, 32, 32).to(memory_format=memory_format)
     with torch.no_grad():
         outs = torch.compile(backbone, fullgraph=True, backend='aot_eager')(x)
         for a, b in zip(outs, backbone(x)):
             assert_agree(a, b, 1e-5)
 
 
+@MEMORY_FORMATS
 @pytest.mark.parametrize('norm_eval', [True, False])
-def test_compiles_in_training(norm_eval):
+def test_compiles_in_training(norm_eval, memory_format):
     backbone = CEResNet(depth=18, num_stages=1, strides=(1,), dilations=(1,), out_indices=(0,), norm_eval=norm_eval)
-    backbone = randomize(backbone).train()
+    backbone = randomize(backbone).train().to(memory_format=memory_format)
     other = copy.deepcopy(backbone)
-    x = torch.randn(2, 3, 32, 32)
+    x = torch.randn(2, 3, 32, 32).to(memory_format=memory_format)
     (expected,), (out,) = backbone(x), torch.compile(other, fullgraph=True, backend='aot_eager')(x)
     expected.square().mean().backward(), out.square().mean().backward()
     assert_agree(out, expected, 1e-5)

@@ -57,16 +57,26 @@ def test_folded_norm_equals_norm_then_ce(training, affine, identity_start):
 
 
 @pytest.mark.parametrize('training', [True, False])
-def test_memory_formats_agree(training):
-    _, ce = norm_and_ce()
+@pytest.mark.parametrize('num_channels', [8, 32])
+@pytest.mark.parametrize('samples', [1, 3])
+def test_memory_formats_agree(training, num_channels, samples):
+    """Output, gradients and running values, with a gradient of either format; and the format is kept."""
+    norm, ce = norm_and_ce(num_channels=num_channels)
     ce.train(training)
-    x = torch.randn(2, 32, 5, 7, dtype=torch.float64)
-    plain = run(copy.deepcopy(ce), x, ce)
-    other = copy.deepcopy(ce)
-    y = x.to(memory_format=torch.channels_last).requires_grad_()
-    out = other(y)
+    x = torch.randn(samples, 32, 5, 7, dtype=torch.float64)
+    others = copy.deepcopy(ce), copy.deepcopy(ce)
+    expected = run(lambda x: ce(x, norm), x, norm, ce)
+    functions = (
+        lambda x: others[0](x, norm),
+        lambda x: others[1](x, norm).contiguous(),  # whose gradient is contiguous
+    )
+    for function, other in zip(functions, others):
+        actual = run(function, x.to(memory_format=torch.channels_last), norm, other)
+        for a, b in zip([*actual, *other.buffers()], [*expected, *ce.buffers()]):
+            assert_agree(a, b, 1e-12)
+        assert actual[1].is_contiguous(memory_format=torch.channels_last)
+    out = ce(x.to(memory_format=torch.channels_last))
     assert out.is_contiguous(memory_format=torch.channels_last) and ce(x).is_contiguous()
-    assert_agree(out, plain[0], 1e-12)
     strided = torch.randn(2, 64, 5, 7, dtype=torch.float64)[:, ::2]
     assert_agree(copy.deepcopy(ce).eval()(strided), copy.deepcopy(ce).eval()(strided.contiguous()), 1e-12)
 
@@ -95,9 +105,10 @@ def test_output_does_not_depend_on_the_order_of_the_batch():
     assert_agree(ce.train()(x[order]), ce(x)[order], 1e-12)
 
 
-def test_saves_nothing_of_its_inputs_size_but_the_input():
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+def test_saves_nothing_of_its_inputs_size_but_the_input(memory_format):
     norm, ce = norm_and_ce(torch.float32)
-    x = torch.randn(2, 32, 64, 64, requires_grad=True)
+    x = torch.randn(2, 32, 64, 64).to(memory_format=memory_format).requires_grad_()
     for training in (True, False):
         saved = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # noqa: B023
@@ -105,10 +116,11 @@ def test_saves_nothing_of_its_inputs_size_but_the_input():
         assert [t.data_ptr() for t in saved if t.numel() >= x.numel() // 8] == [x.data_ptr()]
 
 
-def test_output_may_be_changed_in_place():
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+def test_output_may_be_changed_in_place(memory_format):
     """A residual block adds its shortcut in place."""
     _, ce = norm_and_ce()
-    x = torch.randn(2, 32, 4, 4, dtype=torch.float64)
+    x = torch.randn(2, 32, 4, 4, dtype=torch.float64).to(memory_format=memory_format)
     a = run(lambda x: ce.eval()(x) + x, x, ce)
     b = run(lambda x: ce(x).add_(x).relu_(), x, ce)
     assert_agree(b[0], a[0].relu(), 1e-12)
