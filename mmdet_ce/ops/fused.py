@@ -250,21 +250,22 @@ class _ChannelEquilibrium(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *inputs, *terms)
         flat_out = _multiply(terms.folded, flat, terms.constant, channels_last, out=buffer)
+        del flat, buffer  # of the size of x, copies in channels_last
         # Detached: autograd lets nobody change a function's output in place that is a view.
         out = _unflat(flat_out, x, channels_last).detach()
         statistics = (terms.mean, terms.whitening, terms.scale)
         ctx.mark_non_differentiable(*(t for t in statistics if t is not None))
-        return out.to(x.dtype), *statistics
+        return out, *statistics
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Optional[Tensor], *_: Optional[Tensor]) -> tuple[Optional[Tensor], ...]:
-        if grad is None:  # nothing depends on the output
-            return (None,) * 10
         x, weight, bias, alpha, _, w1, norm_weight, norm_bias, w2, *terms = ctx.saved_tensors
         t = _Terms(*terms)
         n, g, d = t.means.shape
         w1, norm_weight, norm_bias, w2 = (p.to(t.means.dtype) for p in (w1, norm_weight, norm_bias, w2))
+        if grad is None:  # none reached the output; other processes wait for this one all the same
+            grad = torch.zeros_like(x)
         with no_autocast(x):
             channels_last = ctx.channels_last
             flat, dy = (_flat(tensor, d, t.means.dtype, channels_last) for tensor in (x, grad))
@@ -291,7 +292,7 @@ class _ChannelEquilibrium(torch.autograd.Function):
             towards_whitening = torch.dot(d_whitening.flatten(), t.whitening.flatten())
             towards_scale = by_reweighting.sum()
             # lambda = sigmoid(theta): lambda' = lambda (1 - lambda)
-            d_theta = (towards_whitening - t.lam * (towards_whitening + towards_scale)).view(1)
+            d_theta = (1 - t.lam) * towards_whitening - t.lam * towards_scale
             group = ctx.options.process_group
             if group is not None:  # P and s come from all processes and serve all
                 d_whitening, towards_scale = _sum_over_processes(group, d_whitening, towards_scale.view(1))
@@ -334,15 +335,20 @@ class _ChannelEquilibrium(torch.autograd.Function):
                     symmetric = d_sigma + d_diagonal.diag_embed()
                     if length == 1:  # x = m; what multiplies x - m may be as large as 1 / eps
                         symmetric = torch.zeros_like(symmetric)
-                    d_means = torch.bmm(t.between, d_sigma).transpose(0, 1)  # over L
+                    d_means = torch.bmm(t.between, d_sigma).transpose(0, 1)  # dm / L
                     constant = d_means[..., None] - symmetric @ t.means[..., None]
                     d_x = _multiply(t.folded.mT, dy, constant, channels_last)
-                    d_x = _multiply(symmetric, flat, d_x, channels_last, out=None if channels_last else d_x)
+                    symmetric = symmetric.flatten(0, 1)
+                    if channels_last:
+                        d_x.mT.baddbmm_(flat.mT, symmetric)
+                    else:
+                        d_x.baddbmm_(symmetric, flat)
             elif ctx.needs_input_grad[0]:
                 d_x = _multiply(t.folded.mT, dy, -(d_diagonal * t.means)[..., None], channels_last)
                 d_x.addcmul_(d_diagonal.view(-1, d, 1), flat)
+            del flat, dy  # of the size of x, copies in channels_last
             if d_x is not None:
-                d_x = _unflat(d_x, x, channels_last).to(x.dtype)
+                d_x = _unflat(d_x, x, channels_last)
         if weight is not None:
             d_weight, d_bias = d_weight.flatten(), d_bias.flatten()
         return d_x, None, d_weight, d_bias, d_alpha, d_theta, d_w1, d_norm_weight, d_norm_bias, d_w2
@@ -387,10 +393,10 @@ def _flat(x: Tensor, group_size: int, dtype: torch.dtype, channels_last: bool) -
 
 
 def _unflat(flat: Tensor, like: Tensor, channels_last: bool) -> Tensor:
-    """Return (N G, d, L) in the shape of ``like``."""
+    """Return (N G, d, L) in the shape and dtype of ``like``."""
     if not channels_last:
-        return flat.view(like.shape)
-    out = torch.empty_like(like, dtype=flat.dtype)
+        return flat.view(like.shape).to(like.dtype)
+    out = torch.empty_like(like)
     _grouped(out, flat.shape[1]).copy_(flat.unflatten(0, (like.shape[0], -1)))
     return out
 
@@ -415,15 +421,15 @@ def _reduce(
 
 
 def _multiply(
-    matrix: Tensor, flat: Tensor, addend: Optional[Tensor], channels_last: bool, out: Optional[Tensor] = None
+    matrix: Tensor, flat: Tensor, constant: Optional[Tensor], channels_last: bool, out: Optional[Tensor] = None
 ) -> Tensor:
-    """Return M x + addend, (N G, d, L), in ``out`` if given; of channels_last input the transpose is contiguous."""
+    """Return M x + constant, (N G, d, L), in ``out`` if given; of channels_last input the transpose is contiguous."""
     left, right = matrix.flatten(0, 1), flat
-    if addend is not None:
-        addend = addend.flatten(0, -3)
+    if constant is not None:
+        constant = constant.flatten(0, 1)
     if channels_last:
-        left, right, addend = right.mT, left.mT, None if addend is None else addend.mT
-    product = torch.bmm(left, right, out=out) if addend is None else torch.baddbmm(addend, left, right, out=out)
+        left, right, constant = right.mT, left.mT, None if constant is None else constant.mT
+    product = torch.bmm(left, right, out=out) if constant is None else torch.baddbmm(constant, left, right, out=out)
     return product.mT if channels_last else product
 
 

@@ -44,6 +44,27 @@ def run_case(case: str, layer: torch.nn.ModuleList, x: torch.Tensor, weights: to
     return {**result, **{f'buffer.{n}': b for n, b in layer.named_buffers()}}
 
 
+class LosesItsGradient(torch.autograd.Function):
+    """Something after CE that no gradient comes back from."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+def one_without_a_gradient(rank: int) -> torch.Tensor:
+    """Return the gradient of this process's samples, of which those of process 1 have none of their own."""
+    layer, x, weights = make_case('plain')
+    x, weights = x.split(2)[rank].requires_grad_(), weights.split(2)[rank]
+    out = layer[1](x)
+    ((LosesItsGradient.apply(out) if rank else out) * weights).sum().backward()
+    return x.grad
+
+
 def make_backbone(sync: bool) -> tuple[CEResNet, torch.Tensor]:
     """Return a backbone of frozen norms, and a batch."""
     torch.manual_seed(1)
@@ -91,6 +112,7 @@ def work(rank: int, folder: Path) -> None:
         losses = [step(model, images.split(2)[rank]) for _ in range(3)]
         results['backbone', sync] = dict(losses=losses, state=backbone.state_dict())
     results['other sizes'] = ragged(rank)
+    results['one without a gradient'] = one_without_a_gradient(rank)
     # Evaluation asks nobody: one process alone may do it.
     if rank == 0:
         layer, x, _ = make_case('plain')
@@ -123,6 +145,13 @@ def test_two_processes_are_one(processes, split, case):
             assert torch.equal(parts[0][name], parts[1][name]), name
             actual = parts[0][name]
         assert_agree(actual, expected, tolerance, name)
+
+
+@pytest.mark.slow
+def test_a_process_without_a_gradient_still_takes_part(processes):
+    layer, x, weights = make_case('plain')
+    expected = run_case('plain', layer, x, torch.cat([weights[:2], torch.zeros_like(weights[2:])]))['grad']
+    assert_agree(torch.cat([p['one without a gradient'] for p in processes]), expected, 1e-10)
 
 
 @pytest.mark.slow

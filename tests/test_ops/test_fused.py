@@ -116,6 +116,17 @@ def test_saves_nothing_of_its_inputs_size_but_the_input(memory_format):
         assert [t.data_ptr() for t in saved if t.numel() >= x.numel() // 8] == [x.data_ptr()]
 
 
+def test_gradient_of_theta_keeps_its_digits_near_lambda_one():
+    """lambda (1 - lambda) times a difference: 1 - lambda has to stand before the difference."""
+    _, ce = norm_and_ce(torch.float32)
+    x = torch.randn(2, 32, 16, 16)
+    with torch.no_grad():
+        ce.theta.fill_(14)
+    ce64 = copy.deepcopy(ce).double()
+    grad, expected = (run(module, x.to(module.theta.dtype), module)[2] for module in (ce, ce64))
+    assert_agree(grad, expected, 1e-2)
+
+
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
 def test_output_may_be_changed_in_place(memory_format):
     """A residual block adds its shortcut in place."""
