@@ -101,13 +101,13 @@ def channel_equilibrium(
         if torch.jit.is_tracing() or is_exporting():  # the same, in operations that a trace records
             flat = _flat(x, group_size, _working_dtype(x, options), channels_last=False)
             terms = _terms(*_reduce(flat, x.shape[0], not evaluation, False), flat.shape[2], options, *inputs)
+            out = _multiply(terms.folded, flat, terms.constant, False).to(x.dtype).view(x.shape)
             # Copied: adding to a view in place would put reshapes around all that follows in an exported graph
-            out = _multiply(terms.folded, flat, terms.constant, False).to(x.dtype).view(x.shape).clone()
+            out = out.clone(memory_format=torch.channels_last if _is_channels_last(x) else torch.contiguous_format)
             statistics = [None if t is None else t.detach() for t in (terms.mean, terms.whitening, terms.scale)]
         else:
             out, *statistics = _ChannelEquilibrium.apply(x, options, *inputs)
-    memory_format = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
-    return CEOutput(out.contiguous(memory_format=memory_format), *statistics)
+    return CEOutput(out, *statistics)
 
 
 def is_exporting() -> bool:
@@ -247,7 +247,6 @@ class _ChannelEquilibrium(torch.autograd.Function):
         means, squares = _reduce(flat, x.shape[0], options.running is None, channels_last, out=buffer)
         terms = _terms(means, squares, flat.shape[2], options, *inputs)
         ctx.options, ctx.channels_last = options, channels_last
-        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *inputs, *terms)
         flat_out = _multiply(terms.folded, flat, terms.constant, channels_last, out=buffer)
         del flat, buffer  # of the size of x, copies in channels_last
@@ -259,13 +258,11 @@ class _ChannelEquilibrium(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Optional[Tensor], *_: Optional[Tensor]) -> tuple[Optional[Tensor], ...]:
+    def backward(ctx: FunctionCtx, grad: Tensor, *_: Optional[Tensor]) -> tuple[Optional[Tensor], ...]:
         x, weight, bias, alpha, _, w1, norm_weight, norm_bias, w2, *terms = ctx.saved_tensors
         t = _Terms(*terms)
         n, g, d = t.means.shape
         w1, norm_weight, norm_bias, w2 = (p.to(t.means.dtype) for p in (w1, norm_weight, norm_bias, w2))
-        if grad is None:  # none reached the output; other processes wait for this one all the same
-            grad = torch.zeros_like(x)
         with no_autocast(x):
             channels_last = ctx.channels_last
             flat, dy = (_flat(tensor, d, t.means.dtype, channels_last) for tensor in (x, grad))
