@@ -146,7 +146,7 @@ class _CERecord:
     def add(self, x: Tensor, out: Tensor) -> None:
         ir = self.ce.ir
         variance = (x - x.mean((2, 3), keepdim=True)).square().sum((2, 3)) / max(x[0, 0].numel() - 1, 1)
-        self.gates.append(torch.sigmoid(ir.fc2(torch.relu(ir.norm(ir.fc1(variance))))).cpu())
+        self.gates.append(ir.gate(variance).cpu())
         self.total_before += _contribution(x)
         self.before.add(x)
         self.after.add(out)

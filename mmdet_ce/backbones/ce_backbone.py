@@ -14,11 +14,12 @@ from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 from ..layers import ChannelEquilibrium
 from ..loading import missing_weights_message, summarize_load
-from ..ops.fused import is_exporting
+from ..ops.precision import is_tracing
 
 
 def build_ce(ce_cfg: dict, in_channels: int) -> ChannelEquilibrium:
@@ -42,21 +43,44 @@ def check_stages(
     return tuple(stages) if ce_cfg is not None else (False,) * num_stages
 
 
-def norm_ce(norm: nn.Module, ce: Optional[ChannelEquilibrium], x: Tensor) -> Tensor:
-    """Return CE(norm(x)), or norm(x) where there is no CE.
+def norm_ce(
+    norm: nn.Module,
+    ce: Optional[ChannelEquilibrium],
+    x: Tensor,
+    shortcut: Optional[Tensor] = None,
+    relu: Optional[nn.Module] = None,
+) -> Tensor:
+    """Return relu(CE(norm(x)) + shortcut), each where it is there.
 
-    A BatchNorm in evaluation is an affine map, and CE takes it into its own product: one pass over x instead of two.
-    Where somebody has hooked either module, both are called in turn, so that the hooks see what they expect; in an
-    exported graph too, whose runtime folds the norm into the convolution before it.
+    A BatchNorm in evaluation is an affine map, and CE takes it into its own product, as it does the shortcut and the
+    ReLU after it: two passes over x for all of them. Where somebody has hooked a module, it is called in its turn, so
+    that the hooks see what they expect; in an exported graph too, whose runtime folds the norm into the convolution
+    before it.
+
+    Args:
+        norm: The norm before CE.
+        ce: The CE layer, or None.
+        x: (N, C, H, W), the input of the norm.
+        shortcut: (N, C, H, W), or None.
+        relu: The activation at the end, or None.
     """
-    if ce is None:
-        return norm(x)
-    # Exactly these classes: a subclass may compute something else.
-    foldable = type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) and type(ce) is ChannelEquilibrium
-    hooked = _has_hooks(norm) or _has_hooks(ce)
-    if foldable and norm.track_running_stats and not (norm.training or hooked or is_exporting()):
-        return ce(x, norm)
-    return ce(norm(x))
+    # Exactly this class: a subclass may compute something else.
+    if type(ce) is ChannelEquilibrium and not (is_tracing() or _has_hooks(ce)):
+        # Exactly these classes, as above
+        foldable = type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) and norm.track_running_stats
+        folded = foldable and not (norm.training or _has_hooks(norm))
+        takes_shortcut = shortcut is not None and shortcut.shape == x.shape
+        takes_relu = type(relu) is nn.ReLU and (takes_shortcut or shortcut is None) and not _has_hooks(relu)
+        out = ce(
+            x if folded else norm(x), norm if folded else None, shortcut if takes_shortcut else None, relu=takes_relu
+        )
+        shortcut = None if takes_shortcut else shortcut
+        relu = None if takes_relu else relu
+    else:
+        out = norm(x) if ce is None else ce(norm(x))
+    if shortcut is not None:
+        out += shortcut
+    return out if relu is None else relu(out)
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -66,12 +90,18 @@ def _has_hooks(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or 'forward' in vars(module)  # replaced on the instance
+        or _has_any_global_hook()
     )
+
+
+def is_checkpointed(block: BaseModule, x: Tensor) -> bool:
+    """Return whether ``run_block`` will run a block under activation checkpointing."""
+    return block.with_cp and x.requires_grad
 
 
 def run_block(block: BaseModule, inner_forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Run a block's inner forward, under activation checkpointing if the block asks for it."""
-    if not (block.with_cp and x.requires_grad):
+    if not is_checkpointed(block, x):
         return inner_forward(x)
     if torch.compiler.is_compiling():  # what is recomputed there updates nothing
         return checkpoint(inner_forward, x, use_reentrant=False)

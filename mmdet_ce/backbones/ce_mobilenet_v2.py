@@ -34,7 +34,10 @@ class CEInvertedResidual(InvertedResidual):
             out = self.depthwise_conv(out)
             if self.with_se:
                 out = self.se(out)
-            out = norm_ce(self.linear_conv.norm, self.ce, self.linear_conv.conv(out))
+            out = self.linear_conv.conv(out)
+            if self.with_res_shortcut and isinstance(self.drop_path, nn.Identity):
+                return norm_ce(self.linear_conv.norm, self.ce, out, x)
+            out = norm_ce(self.linear_conv.norm, self.ce, out)
             return x + self.drop_path(out) if self.with_res_shortcut else out
 
         return run_block(self, _inner_forward, x)

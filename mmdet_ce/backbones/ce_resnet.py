@@ -9,7 +9,7 @@ from mmdet.models.backbones.resnet import BasicBlock, Bottleneck, ResNet
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 
-from .ce_backbone import CEBackbone, build_ce, check_stages, norm_ce, run_block
+from .ce_backbone import CEBackbone, build_ce, check_stages, is_checkpointed, norm_ce, run_block
 
 
 class CEBasicBlock(BasicBlock):
@@ -27,15 +27,16 @@ class CEBasicBlock(BasicBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         """Forward function."""
+        last_relu = None if is_checkpointed(self, x) else self.relu
 
         def _inner_forward(x: Tensor) -> Tensor:
             out = self.relu(self.norm1(self.conv1(x)))
-            out = norm_ce(self.norm2, self.ce, self.conv2(out))
+            out = self.conv2(out)
             identity = x if self.downsample is None else self.downsample(x)
-            out += identity
-            return out
+            return norm_ce(self.norm2, self.ce, out, identity, last_relu)
 
-        return self.relu(run_block(self, _inner_forward, x))
+        out = run_block(self, _inner_forward, x)
+        return out if last_relu else self.relu(out)
 
 
 class CEBottleneck(Bottleneck):
@@ -56,22 +57,25 @@ class CEBottleneck(Bottleneck):
 
     def forward(self, x: Tensor) -> Tensor:
         """Forward function."""
+        last_relu = None if is_checkpointed(self, x) else self.relu
 
         def _inner_forward(x: Tensor) -> Tensor:
             out = self.relu(self.norm1(self.conv1(x)))
             if self.with_plugins:
                 out = self.forward_plugin(out, self.after_conv1_plugin_names)
-            out = self.relu(norm_ce(self.norm2, self._ce_at('after_norm2'), self.conv2(out)))
+            out = norm_ce(self.norm2, self._ce_at('after_norm2'), self.conv2(out), relu=self.relu)
             if self.with_plugins:
                 out = self.forward_plugin(out, self.after_conv2_plugin_names)
-            out = norm_ce(self.norm3, self._ce_at('after_norm3'), self.conv3(out))
-            if self.with_plugins:
-                out = self.forward_plugin(out, self.after_conv3_plugin_names)
+            out, ce = self.conv3(out), self._ce_at('after_norm3')
+            if self.with_plugins and self.after_conv3_plugin_names:
+                out = self.forward_plugin(norm_ce(self.norm3, ce, out), self.after_conv3_plugin_names)
+                out += x if self.downsample is None else self.downsample(x)
+                return out if last_relu is None else last_relu(out)
             identity = x if self.downsample is None else self.downsample(x)
-            out += identity
-            return out
+            return norm_ce(self.norm3, ce, out, identity, last_relu)
 
-        return self.relu(run_block(self, _inner_forward, x))
+        out = run_block(self, _inner_forward, x)
+        return out if last_relu else self.relu(out)
 
     def _ce_at(self, position: str) -> Optional[nn.Module]:
         return self.ce if self.ce_position == position else None
@@ -192,14 +196,14 @@ class CEResNet(CEBackbone, ResNet):
         """Return the feature maps of ``out_indices`` for images (N, 3, H, W)."""
         self.check_statistics()
         if not self.deep_stem:
-            x = self.relu(norm_ce(self.norm1, self.ce1, self.conv1(x)))
+            x = norm_ce(self.norm1, self.ce1, self.conv1(x), relu=self.relu)
         elif self.ce1 is None:
             x = self.stem(x)
         else:
             *layers, norm, relu = self.stem
             for layer in layers:
                 x = layer(x)
-            x = relu(norm_ce(norm, self.ce1, x))
+            x = norm_ce(norm, self.ce1, x, relu=relu)
         x = self.maxpool(x)
         outs = []
         for i, layer_name in enumerate(self.res_layers):

@@ -14,8 +14,9 @@ from mmdet.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..ops import affine_of, channel_equilibrium
-from ..ops.fused import LAYER_NORM_EPS
+from ..ops import EvalNorm, channel_equilibrium
+from ..ops.gate import LAYER_NORM_EPS, GateParameters, gate
+from ..ops.precision import in_backward_pass
 
 
 class BatchDecorrelation(nn.Module):
@@ -54,9 +55,13 @@ class InstanceReweighting(nn.Module):
         self.register_buffer('running_scale', torch.ones(1))
 
     @property
-    def gate_parameters(self) -> tuple[Tensor, ...]:
+    def gate_parameters(self) -> GateParameters:
         """The gate's W1, LayerNorm weight and bias, and W2."""
-        return self.fc1.weight, self.norm.weight, self.norm.bias, self.fc2.weight
+        return GateParameters(self.fc1.weight, self.norm.weight, self.norm.bias, self.fc2.weight)
+
+    def gate(self, variance: Tensor) -> Tensor:
+        """Return the gate, (N, C), for the spatial variances of each sample's channels, (N, C)."""
+        return gate(variance, self.gate_parameters).gate
 
 
 @MODELS.register_module()
@@ -142,12 +147,20 @@ class ChannelEquilibrium(nn.Module):
         self.bd = BatchDecorrelation(self.num_groups, self.group_size, num_iterations, eps)
         self.ir = InstanceReweighting(in_channels, reduction)
 
-    def forward(self, x: Tensor, norm: Optional[_BatchNorm] = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        norm: Optional[_BatchNorm] = None,
+        residual: Optional[Tensor] = None,
+        relu: bool = False,
+    ) -> Tensor:
         """Apply the block to ``x``, (N, C, H, W), or, folded into one product, to ``norm(x)``.
 
         Args:
             x: The output of the norm before CE, or its input where ``norm`` is given.
             norm: A BatchNorm in evaluation, which is an affine map of each channel.
+            residual: The shortcut of a residual block, which is added, of the shape of ``x``.
+            relu: Whether ReLU comes last, as in a residual block.
         """
         self._check_input(x)
         out, mean, whitening, scale = channel_equilibrium(
@@ -160,11 +173,13 @@ class ChannelEquilibrium(nn.Module):
             running_whitening=None if self.training else self.bd.running_whitening,
             running_scale=None if self.training else self.ir.running_scale,
             alpha=self.alpha,
-            affine=None if norm is None else affine_of(norm),
+            norm=None if norm is None else EvalNorm.of(norm),
+            residual=residual,
+            relu=relu,
             process_group=self._process_group(),
         )
         # Activation checkpointing runs the forward pass again inside the backward pass: that one must not count.
-        if self.training and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1):
+        if self.training and (torch.compiler.is_compiling() or not in_backward_pass()):
             self._update(mean, whitening, scale)
         return out
 

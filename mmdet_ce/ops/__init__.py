@@ -1,14 +1,9 @@
 """The mathematics of Channel Equilibrium as functions of tensors."""
 
-from .fused import Affine, affine_of, channel_equilibrium
+from .channel_equilibrium import channel_equilibrium
 from .newton import inverse_sqrt_newton
-from .reference import CEOutput, channel_equilibrium_reference
+from .norm_affine import EvalNorm
+from .output import CEOutput
+from .reference import channel_equilibrium_reference
 
-__all__ = [
-    'Affine',
-    'CEOutput',
-    'affine_of',
-    'channel_equilibrium',
-    'channel_equilibrium_reference',
-    'inverse_sqrt_newton',
-]
+__all__ = ['CEOutput', 'EvalNorm', 'channel_equilibrium', 'channel_equilibrium_reference', 'inverse_sqrt_newton']

@@ -1,9 +1,37 @@
-"""Inverse square root of a covariance by Newton's iteration."""
+"""Whitening: the inverse square root of a covariance, of trace 1, by Newton's iteration."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class WhiteningState(NamedTuple):
+    """P_T, and what the backward pass needs of the forward pass."""
+
+    trace: Tensor  # (G, 1, 1), of Sigma
+    normalized: Tensor  # (G, d, d), Sigma_N
+    whitening: Tensor  # (G, d, d), P_T
+
+
+def whitening(covariance: Tensor, eps: float, num_iterations: int) -> WhiteningState:
+    """Return P_T of Sigma = covariance + eps I, (G, d, d)."""
+    sigma = torch.add(covariance, eye(covariance), alpha=eps)
+    trace = sigma.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
+    normalized = sigma / trace
+    return WhiteningState(trace, normalized, inverse_sqrt_newton(normalized, num_iterations))
+
+
+def whitening_backward(trace: Tensor, normalized: Tensor, num_iterations: int, d_whitening: Tensor) -> Tensor:
+    """Return the gradient of the covariance, (G, d, d), symmetric, from that of P_T.
+
+    Through Sigma_N = Sigma / trace(Sigma): dSigma = (dSigma_N - <dSigma_N, Sigma_N> I) / trace(Sigma).
+    """
+    d_normalized = inverse_sqrt_newton_derivative(normalized, d_whitening, num_iterations)
+    along = (d_normalized * normalized).sum((1, 2), keepdim=True)
+    return torch.addcmul(d_normalized, along, eye(d_normalized), value=-1) / trace
 
 
 def inverse_sqrt_newton(normalized: Tensor, num_iterations: int) -> Tensor:
@@ -21,12 +49,12 @@ def inverse_sqrt_newton(normalized: Tensor, num_iterations: int) -> Tensor:
     Returns:
         P_T, (G, d, d).
     """
-    eye = torch.eye(normalized.shape[-1], dtype=normalized.dtype, device=normalized.device)
+    identity = eye(normalized)
     y = normalized  # P_0 Sigma_N
-    step = p = torch.lerp(eye, y, -0.5)  # 1.5 I - 0.5 Sigma_N, the first step from P_0 = I
+    step = p = torch.lerp(identity, y, -0.5)  # 1.5 I - 0.5 Sigma_N, the first step from P_0 = I
     for _ in range(num_iterations - 1):
         y = y @ step
-        step = torch.baddbmm(eye, p, y, beta=1.5, alpha=-0.5)
+        step = torch.baddbmm(identity, p, y, beta=1.5, alpha=-0.5)
         p = step @ p
     return p
 
@@ -52,3 +80,8 @@ def inverse_sqrt_newton_derivative(normalized: Tensor, direction: Tensor, num_it
     block[:, :d, :d] = block[:, d:, d:] = normalized
     block[:, :d, d:] = torch.lerp(direction, direction.transpose(1, 2), 0.5)
     return inverse_sqrt_newton(block, num_iterations)[:, :d, d:]
+
+
+def eye(like: Tensor) -> Tensor:
+    """Return I, (d, d), of the size, dtype and device of (..., d, d)."""
+    return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 
-class CEOutput(NamedTuple):
+class ReferenceOutput(NamedTuple):
     """What one pass of the block computes."""
 
     out: Tensor  # (N, C, H, W)
@@ -26,8 +26,8 @@ def channel_equilibrium_reference(
     x: Tensor,
     theta: Tensor,
     fc1_weight: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
     fc2_weight: Tensor,
     *,
     group_size: int,
@@ -36,7 +36,7 @@ def channel_equilibrium_reference(
     running_whitening: Optional[Tensor] = None,
     running_scale: Optional[Tensor] = None,
     alpha: Optional[Tensor] = None,
-) -> CEOutput:
+) -> ReferenceOutput:
     """Apply Channel Equilibrium to ``x``, by the book.
 
     Training form unless both running values are given. Differentiable, in the dtype of ``x`` (use float64).
@@ -45,8 +45,8 @@ def channel_equilibrium_reference(
         x: (N, C, H, W), the output of a normalization layer.
         theta: (1,), lambda is its sigmoid.
         fc1_weight: (C / r, C), W1 of the gate.
-        norm_weight: (C / r,), LayerNorm's scale.
-        norm_bias: (C / r,), LayerNorm's shift.
+        ln_weight: (C / r,), LayerNorm's scale.
+        ln_bias: (C / r,), LayerNorm's shift.
         fc2_weight: (C, C / r), W2 of the gate.
         group_size: Channels d of a decorrelation group; divides C.
         num_iterations: Newton steps T.
@@ -93,7 +93,7 @@ def channel_equilibrium_reference(
     for v in variance:
         hidden = fc1_weight @ v
         hidden = (hidden - hidden.mean()) / torch.sqrt(hidden.var(correction=0) + 1e-5)
-        hidden = torch.relu(norm_weight * hidden + norm_bias)
+        hidden = torch.relu(ln_weight * hidden + ln_bias)
         gates.append(torch.sigmoid(fc2_weight @ hidden))
     gate = torch.stack(gates)  # (N, C)
     reweighted = (gate / scale)[:, :, None, None] * x
@@ -102,4 +102,4 @@ def channel_equilibrium_reference(
     out = lam * decorrelated + (1 - lam) * reweighted
     if alpha is not None:
         out = (1 - alpha) * x + alpha * out
-    return CEOutput(out, mean, whitening, scale)
+    return ReferenceOutput(out, mean, whitening, scale)

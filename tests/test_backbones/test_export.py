@@ -11,7 +11,7 @@ import torch
 from mmdet.registry import MODELS
 from utils import assert_agree, randomize
 
-from mmdet_ce.ops.fused import is_exporting
+from mmdet_ce.ops.precision import is_exporting
 
 pytestmark = pytest.mark.xdist_group('export')  # one worker, one export
 

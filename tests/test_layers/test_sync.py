@@ -71,7 +71,7 @@ def make_backbone(sync: bool) -> tuple[CEResNet, torch.Tensor]:
     backbone = CEResNet(
         18, base_channels=16, frozen_stages=-1, ce_eval=False, with_cp=True, ce_cfg=dict(num_channels=16, sync=sync)
     )
-    return backbone.train(), torch.randn(4, 3, 64, 64)
+    return backbone.train().double(), torch.randn(4, 3, 64, 64, dtype=torch.float64)
 
 
 def step(backbone: torch.nn.Module, images: torch.Tensor) -> float:
@@ -161,8 +161,8 @@ def test_a_network_in_ddp_trains_as_in_one_process(processes):
     parts = [p['backbone', True] for p in processes]
     for name, expected in backbone.state_dict().items():
         assert torch.equal(parts[0]['state'][name], parts[1]['state'][name]), name
-        assert_agree(parts[0]['state'][name], expected, 1e-5, name)
-    assert_agree(torch.tensor([p['losses'] for p in parts]).mean(0), torch.tensor(losses), 1e-5)
+        assert_agree(parts[0]['state'][name], expected, 1e-9, name)
+    assert_agree(torch.tensor([p['losses'] for p in parts]).mean(0), torch.tensor(losses), 1e-9)
 
 
 @pytest.mark.slow

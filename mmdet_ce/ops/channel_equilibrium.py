@@ -1,0 +1,156 @@
+"""Channel Equilibrium in one matrix product: the form that trains.
+
+Everything that CE does to a feature map is linear in it once its statistics are known, CE(x_n) = M_n x_n by channel
+group, and every statistic follows from two reductions, each sample's means m and its scatter S = (x - m)(x - m)^T. So
+the map is reduced, then multiplied once; what lies between are small matrices:
+
+    m, S = reduce(x)                              a reduction
+    m, S -> v, Sigma, s -> gate, P_T -> M, c      small matrices
+    y = relu(M x + c + shortcut)                  a product, with the end of a residual block in it
+
+The backward pass works the same way, and keeps nothing of the size of x but x and, with a ReLU, y:
+
+    dy -> 0 where y = 0                           the gradient of the shortcut
+    dM, dc = dy x^T, sum(dy)                      a reduction
+    dM, dc -> dparameters, dS, dm                 small matrices
+    dx = M^T dy + 2 dS (x - m) + dm / L           two products; one in evaluation, where dS is diagonal
+
+A norm in evaluation is an affine map x = a z + b, so CE after it is M (a z + b): the moments of x follow from those of
+z, and only z is kept.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from . import kernels, precision
+from .coefficients import Coefficients, Inputs, Options
+from .norm_affine import EvalNorm
+from .output import CEOutput
+from .processes import processes_of
+
+
+def channel_equilibrium(
+    x: Tensor,
+    theta: Tensor,
+    fc1_weight: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    fc2_weight: Tensor,
+    *,
+    group_size: int,
+    num_iterations: int = 3,
+    eps: float = 1e-5,
+    running_whitening: Optional[Tensor] = None,
+    running_scale: Optional[Tensor] = None,
+    alpha: Optional[Tensor] = None,
+    norm: Optional[EvalNorm] = None,
+    residual: Optional[Tensor] = None,
+    relu: bool = False,
+    process_group: Optional[dist.ProcessGroup] = None,
+) -> CEOutput:
+    """Apply Channel Equilibrium to ``x``: ``channel_equilibrium_reference``, fast.
+
+    Training form unless both running values are given. Statistics, iteration and gate are computed in float32 at least,
+    under autocast too, and in float64 where a training takes more than 8 Newton steps.
+
+    Args:
+        x: (N, C, H, W), or the input z of the norm where ``norm`` is given. Input that is neither contiguous nor
+            channels_last is copied to the contiguous format first.
+        theta: (1,), lambda is its sigmoid.
+        fc1_weight: (C / r, C), W1 of the gate.
+        ln_weight: (C / r,), the scale of the gate's LayerNorm.
+        ln_bias: (C / r,), its shift.
+        fc2_weight: (C, C / r), W2 of the gate.
+        group_size: Channels d of a decorrelation group; divides C.
+        num_iterations: Newton steps T.
+        eps: Ridge added to the covariance.
+        running_whitening: (G, d, d), P_T of the evaluation form.
+        running_scale: (1,), s of the evaluation form.
+        alpha: (1,), the share of CE in the output, the rest being the input; None for CE alone.
+        norm: The norm in evaluation before CE, folded into M.
+        residual: The shortcut of a residual block, added to the output; of the shape of ``x``.
+        relu: Whether ReLU comes last, as in a residual block.
+        process_group: The processes whose samples together are the batch of the training form, as in SyncBN; None for
+            this process alone. Every process must call the function, and run its backward pass, equally often.
+
+    Returns:
+        The output, in the dtype and memory format of ``x``, differentiable once; and the statistics it was computed
+        with, constants.
+    """
+    training = running_whitening is None or running_scale is None
+    double = precision.needs_float64(num_iterations, training)
+    options = Options(
+        group_size,
+        num_iterations,
+        eps,
+        norm_eps=0.0 if norm is None else norm.eps,
+        running=None if training else (running_whitening, running_scale),
+        processes=processes_of(process_group if training else None),
+        map_dtype=precision.map_dtype(x, double),
+        dtype=precision.small_dtype(x, double),
+    )
+    inputs = *(norm or (None,) * 4)[:4], alpha, theta, fc1_weight, ln_weight, ln_bias, fc2_weight
+    with precision.no_autocast(x):
+        if precision.is_tracing():  # the same, in operations that a trace records
+            out, c, *_ = _forward(x, residual, relu, options, Inputs(*inputs))
+            # Copied: adding to a view in place would put reshapes around all that follows in an exported graph
+            memory_format = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+            out = out.clone(memory_format=memory_format)
+            statistics = [None if t is None else t.detach() for t in (c.mean, c.whitening, c.scale)]
+        else:
+            out, *statistics = _ChannelEquilibrium.apply(x, residual, relu, options, *inputs)
+    return CEOutput(out, *statistics)
+
+
+def _forward(
+    x: Tensor, residual: Optional[Tensor], relu: bool, options: Options, inputs: Inputs
+) -> tuple[Tensor, Coefficients, kernels.Forms, bool]:
+    """Return the output, M with its statistics, the form that was taken, and whether the map is channels_last."""
+    form = kernels.choose(x, options.group_size, options.num_iterations, options.processes.size == 1)
+    z = form.maps.group(x, options.group_size, options.map_dtype, with_scratch=not precision.is_tracing())
+    sample_means, scatter = form.maps.reduce(z, options.running is None)
+    c = form.coefficients.coefficients(sample_means, scatter, x.shape[2] * x.shape[3], inputs, options)
+    return form.maps.apply(z, c.matrix, c.constant, residual, relu), c, form, z.channels_last
+
+
+class _ChannelEquilibrium(torch.autograd.Function):
+    """The forward and the backward pass as described at the top."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, x: Tensor, residual: Optional[Tensor], relu: bool, options: Options, *inputs: Optional[Tensor]
+    ) -> tuple[Tensor, ...]:
+        # the layout too, since torch.compile allows no look at one in a backward pass
+        out, c, ctx.form, ctx.channels_last = _forward(x, residual, relu, options, Inputs(*inputs))
+        ctx.options, ctx.num_inputs = options, len(inputs)
+        ctx.save_for_backward(x, out if relu else None, c.matrix, *inputs, *c.saved)
+        statistics = (c.mean, c.whitening, c.scale)
+        ctx.mark_non_differentiable(*(t for t in statistics if t is not None))
+        ctx.set_materialize_grads(False)  # for the statistics autograd would fill tensors with zeros
+        # Detached: autograd lets nobody change a function's output in place that is a view.
+        return out.detach(), *statistics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor, *_: Optional[Tensor]) -> tuple[Optional[Tensor], ...]:
+        x, out, matrix, *tensors = ctx.saved_tensors
+        inputs, saved = Inputs(*tensors[: ctx.num_inputs]), tuple(tensors[ctx.num_inputs :])
+        maps, coefficients = ctx.form
+        grad = torch.zeros_like(x) if grad is None else grad  # another process may wait for this one's sums
+        with precision.no_autocast(x):
+            z = maps.group(x, ctx.options.group_size, ctx.options.map_dtype, ctx.channels_last)
+            has_norm = inputs.norm_running_mean is not None
+            d_matrix, d_constant, d_residual, dy = maps.reduce_backward(grad, z, out, has_norm)
+            symmetric, constant, d_inputs = coefficients.coefficients_backward(
+                saved, x.shape[2] * x.shape[3], d_matrix, d_constant, inputs, ctx.options
+            )
+            d_x = maps.apply_backward(dy, z, matrix, symmetric, constant) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            d_residual = None
+        return d_x, d_residual, None, None, None, None, *d_inputs

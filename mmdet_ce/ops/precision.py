@@ -1,0 +1,65 @@
+"""In which dtype things are computed, and under which of torch's modes."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+MAX_FLOAT32_ITERATIONS = 8
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager:
+    """Return a context in which operations on ``x`` keep their dtype."""
+    device = x.device.type
+    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if enabled else nullcontext()
+
+
+def is_exporting() -> bool:
+    """Return whether torch.export is tracing, and not torch.compile.
+
+    Some versions of torch.compiler.is_exporting are true for both, and torch 2.6 has none.
+    """
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+
+
+def is_tracing() -> bool:
+    """Return whether torch.jit.trace or torch.export records what is computed."""
+    return torch.jit.is_tracing() or is_exporting()
+
+
+def in_backward_pass() -> bool:
+    """Return whether autograd runs a backward pass in this thread, as while a checkpointed block is recomputed."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def needs_float64(num_iterations: int, training: bool) -> bool:
+    """Return whether the iteration takes more steps than float32 bears.
+
+    In a direction without variance P grows by half with every step, and the effect of a rounding error of Sigma with
+    its square: float32 has lost all digits there after twenty steps, and P is not finite after thirty.
+    """
+    return training and num_iterations > MAX_FLOAT32_ITERATIONS
+
+
+def map_dtype(x: Tensor, double: bool) -> torch.dtype:
+    """Return the dtype that the passes over the map compute in: float32 at least."""
+    return torch.promote_types(x.dtype, torch.float64 if double else torch.float32)
+
+
+def small_dtype(x: Tensor, double: bool) -> torch.dtype:
+    """Return the dtype of the small matrices: float32 at least, and products of IEEE precision.
+
+    Where the user lets CUDA multiply float32 in TF32, float64 is taken, which no switch reaches: TF32 in the iteration
+    and the gate would cost 1e-3 (T = 3) to 3e-2 (T = 8) of the output.
+    """
+    return torch.promote_types(x.dtype, torch.float64 if double or (x.is_cuda and _tf32_allowed()) else torch.float32)
+
+
+def _tf32_allowed() -> bool:
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, 'fp32_precision'):  # torch 2.9 and later, where reading the old switch can raise
+        return matmul.fp32_precision == 'tf32'
+    return matmul.allow_tf32
