@@ -231,7 +231,7 @@ def mixture_backward_kernel(
         ds = (d_normalized - along * eye) / tl.load(trace + g) * a[None, :]
         if has_norm:
             d_a += 2 * tl.sum(ds * tl.load(covariance + g * d * d + square), 1)
-        ds = a[:, None] * ds * (2.0 / (num_samples * length.to(tl.float32)))
+        ds = a[:, None] * ds * (2.0 / (1.0 * num_samples * length))
         tl.store(d_sigma + g * d * d + square, ds)
     tl.store(d_affine + 2 * g * d + i, d_a)
     tl.store(d_affine + (2 * g + 1) * d + i, d_b)

@@ -16,7 +16,8 @@ def _tile(pointer, positions, num_groups, length, d: tl.constexpr, channels_last
         corner = pointer + group_index // num_groups * length * num_groups * d + group_index % num_groups * d
         return corner + positions[None, :] * (num_groups * d) + channels[:, None]
     else:
-        length = tl.multiple_of(length, align)
+        if align > 1:  # a length of 1 is a constant to Triton, which takes no hint
+            length = tl.multiple_of(length, align)
         return pointer + group_index * d * length + channels[:, None] * length + positions[None, :]
 
 
