@@ -157,11 +157,13 @@ def _dx(
         covariance_part: In training what comes through the covariance, (G, d, d), and dm / L, (N, G, d).
     """
     diagonal = (2 / max(length - 1, 1)) * d_variance
+    if length == 1:  # x = m; what multiplies x - m may be as large as 1 / eps, and 16-bit maps would not cancel it
+        diagonal = torch.zeros_like(diagonal)
     if covariance_part is None:
         return diagonal, -(diagonal * sample_means)
     by_covariance, by_means = covariance_part
     symmetric = by_covariance + diagonal.diag_embed()
-    if length == 1:  # x = m; what multiplies x - m may be as large as 1 / eps
+    if length == 1:
         symmetric = torch.zeros_like(symmetric)
     return symmetric, by_means - (symmetric @ sample_means[..., None])[..., 0]
 
