@@ -18,8 +18,8 @@ from .triton_launch import carve, room_for, start
 
 ROUNDING = (8 * torch.finfo(torch.float32).eps) ** 2  # a variance below this share of the mean square is none
 UNITS = 8  # hidden units of a program
-BLOCK = 256  # channels that such a program holds at once
-HIDDEN_BLOCK = 64  # hidden units that a program of a group holds at once
+BLOCK = 512  # channels that such a program holds at once
+HIDDEN_TILE = 4096  # weights of the group's channels that a program of a group holds at once
 MATRIX_WARPS = {16: 4, 32: 4, 64: 8}  # of the programs that iterate on matrices, by group size
 
 
@@ -44,7 +44,8 @@ def coefficients(sample_means: Tensor, scatter: Tensor, length: int, inputs: Inp
         )  # fmt: skip
     start(
         kernels.hidden_kernel, (_blocks(num_hidden, UNITS), n),
-        (scatter, *norm, inputs.fc1_weight, hidden, c, num_hidden, length), (d, UNITS, BLOCK, training, *norm_flags),
+        (scatter, *norm, inputs.fc1_weight, hidden, c, num_hidden, length),
+        (d, UNITS, min(BLOCK, _power_of_2(c)), training, *norm_flags),
     )  # fmt: skip
     matrix, scale = empty((n, g, d, d)), empty((1,))
     constant = empty((n, g, d)) if norm_flags[0] else None
@@ -55,8 +56,8 @@ def coefficients(sample_means: Tensor, scatter: Tensor, length: int, inputs: Inp
             hidden, sums, given_whitening, given_scale, *norm, inputs.alpha, inputs.theta, inputs.ln_weight,
             inputs.ln_bias, inputs.fc2_weight, matrix, constant, gate, scale, whitening, n, g, num_hidden,
         ), (
-            d, _power_of_2(g), _power_of_2(num_hidden), HIDDEN_BLOCK, LAYER_NORM_EPS, ROUNDING, training, *norm_flags,
-            inputs.alpha is not None,
+            d, _power_of_2(g), _power_of_2(num_hidden), _hidden_block(num_hidden, d), LAYER_NORM_EPS, ROUNDING, training,
+            *norm_flags,            inputs.alpha is not None,
         ),
     )  # fmt: skip
     return Coefficients(matrix, constant, mean, whitening, scale, (sample_means, scatter, whitening, scale, buffer))
@@ -93,7 +94,7 @@ def coefficients_backward(
     start(
         kernels.hidden_backward_kernel, (_blocks(num_hidden, UNITS), n + 1),
         (d_logits, hidden, inputs.ln_weight, inputs.ln_bias, inputs.fc2_weight, d_normed, d_fc2, n, c, num_hidden),
-        (UNITS, BLOCK, max_hidden, LAYER_NORM_EPS),
+        (UNITS, min(BLOCK, _power_of_2(c)), max_hidden, LAYER_NORM_EPS),
     )  # fmt: skip
     symmetric, constant = empty((n, g, d, d)) if training else empty((n, g, d)), empty((n, g, d))
     d_norm = (empty((c,)), empty((c,))) if norm_flags[1] else (None, None)
@@ -105,7 +106,8 @@ def coefficients_backward(
             d_normed, hidden, inputs.ln_weight, inputs.fc1_weight, sample_means, scatter, center, d_sigma, d_affine,
             d_scalars, sums, scale, *norm, symmetric, constant, *d_norm, *d_scalar, *d_gate, n, g, num_hidden, length,
         ), (
-            d, _power_of_2(g), max_hidden, HIDDEN_BLOCK, LAYER_NORM_EPS, ROUNDING, training, *norm_flags, has_alpha,
+            d, _power_of_2(g), max_hidden, _hidden_block(num_hidden, d), LAYER_NORM_EPS, ROUNDING, training, *norm_flags,
+            has_alpha,
         ),
     )  # fmt: skip
     return symmetric, constant, (*d_norm, *d_scalar, *d_gate, d_fc2)
@@ -129,6 +131,10 @@ def _norm(inputs: Inputs, options: Options) -> tuple[tuple, tuple[bool, bool]]:
 
 def _blocks(count: int, block: int) -> int:
     return -(-count // block)
+
+
+def _hidden_block(num_hidden: int, d: int) -> int:
+    return min(HIDDEN_TILE // d, _power_of_2(num_hidden))
 
 
 def _power_of_2(count: int) -> int:
