@@ -11,6 +11,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from . import triton_coefficient_backward_kernels as backward_kernels
 from . import triton_coefficient_kernels as kernels
 from .coefficients import Coefficients, Inputs, Options
 from .gate import LAYER_NORM_EPS
@@ -56,8 +57,8 @@ def coefficients(sample_means: Tensor, scatter: Tensor, length: int, inputs: Inp
             hidden, sums, given_whitening, given_scale, *norm, inputs.alpha, inputs.theta, inputs.ln_weight,
             inputs.ln_bias, inputs.fc2_weight, matrix, constant, gate, scale, whitening, n, g, num_hidden,
         ), (
-            d, _power_of_2(g), _power_of_2(num_hidden), _hidden_block(num_hidden, d), LAYER_NORM_EPS, ROUNDING, training,
-            *norm_flags,            inputs.alpha is not None,
+            d, _power_of_2(g), _power_of_2(num_hidden), _hidden_block(num_hidden, d), LAYER_NORM_EPS, ROUNDING,
+            training, *norm_flags, inputs.alpha is not None,
         ),
     )  # fmt: skip
     return Coefficients(matrix, constant, mean, whitening, scale, (sample_means, scatter, whitening, scale, buffer))
@@ -84,7 +85,7 @@ def coefficients_backward(
     shapes = (n, c), (g, 2, d), (g, 3), (n, num_hidden), (g, d, d) if training else ()
     d_logits, d_affine, d_scalars, d_normed, d_sigma = carve(empty(room_for(*shapes)), *shapes)
     start(
-        kernels.mixture_backward_kernel, (g,),
+        backward_kernels.mixture_backward_kernel, (g,),
         (
             d_matrix, d_constant, whitening, scale, gate, normalized, trace, covariance, *norm, inputs.alpha,
             inputs.theta, d_logits, d_affine, d_scalars, d_sigma, n, g, length,
@@ -92,7 +93,7 @@ def coefficients_backward(
     )  # fmt: skip
     d_fc2 = empty((c, num_hidden))
     start(
-        kernels.hidden_backward_kernel, (_blocks(num_hidden, UNITS), n + 1),
+        backward_kernels.hidden_backward_kernel, (_blocks(num_hidden, UNITS), n + 1),
         (d_logits, hidden, inputs.ln_weight, inputs.ln_bias, inputs.fc2_weight, d_normed, d_fc2, n, c, num_hidden),
         (UNITS, min(BLOCK, _power_of_2(c)), max_hidden, LAYER_NORM_EPS),
     )  # fmt: skip
@@ -101,13 +102,13 @@ def coefficients_backward(
     d_scalar = empty((1,)) if has_alpha else None, empty((1,))
     d_gate = empty((num_hidden, c)), empty((num_hidden,)), empty((num_hidden,))
     start(
-        kernels.gate_backward_kernel, (g, n + 1),
+        backward_kernels.gate_backward_kernel, (g, n + 1),
         (
             d_normed, hidden, inputs.ln_weight, inputs.fc1_weight, sample_means, scatter, center, d_sigma, d_affine,
             d_scalars, sums, scale, *norm, symmetric, constant, *d_norm, *d_scalar, *d_gate, n, g, num_hidden, length,
         ), (
-            d, _power_of_2(g), max_hidden, _hidden_block(num_hidden, d), LAYER_NORM_EPS, ROUNDING, training, *norm_flags,
-            has_alpha,
+            d, _power_of_2(g), max_hidden, _hidden_block(num_hidden, d), LAYER_NORM_EPS, ROUNDING, training,
+            *norm_flags, has_alpha,
         ),
     )  # fmt: skip
     return symmetric, constant, (*d_norm, *d_scalar, *d_gate, d_fc2)
