@@ -1,7 +1,7 @@
 # Each target does all of the set-up that it needs, once.
 PYTHON ?= $(or $(shell command -v python3.11),$(shell command -v python3),python3.11)
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test test-kernels lint clean
 
 setup:
 	@command -v $(PYTHON) > /dev/null || { echo "setup: error: Python 3.11 is needed and '$(PYTHON)' was not found;" \
@@ -15,6 +15,12 @@ demo: setup
 test: setup lint
 	@.venv/bin/python tools/setup_env.py --imagenet
 	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
+
+# The Triton kernels: against the float64 oracle in Triton's interpreter, and compiled for two GPUs. No GPU is needed.
+test-kernels: setup
+	@.venv/bin/python tools/setup_env.py --kernels
+	@OMP_NUM_THREADS=1 PYTHONPATH=.venv/kernels TRITON_INTERPRET=1 .venv/bin/python -m pytest -n auto tests/test_kernels
+	@PYTHONPATH=.venv/kernels .venv/bin/python -m pytest -n auto tests/test_kernels/test_compile.py
 
 lint: setup
 	@.venv/bin/ruff check --quiet .

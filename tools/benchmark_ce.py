@@ -9,78 +9,31 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import json
+import os
 import platform
 import re
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
 
-import matplotlib
-import numpy as np
 import torch
-import torch.nn.functional as F
-from mmdet.models import ResNet
-from rich.console import Console
+from benchmark_models import OnnxRuntime, ReleasedForm, plain_and_ce, rivals, with_released_form
+from benchmark_report import report
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor, nn
 
 from mmdet_ce import CEResNet, ChannelEquilibrium, __version__
+from mmdet_ce.ops.kernels import VARIABLE
 
-matplotlib.use('Agg')
-from matplotlib import pyplot as plt  # noqa: E402
-
+# how a backbone is trained; 'coco' is the default of mmdet's configs
+MODES = {
+    'norm_eval': dict(norm_eval=True),
+    'coco': dict(norm_eval=True, frozen_stages=1),
+    'batch': dict(norm_eval=False),
+}
 BLOCK_SHAPES = ['2x64x160x160d64', '2x256x80x80d16', '2x512x40x40d16', '2x1024x20x20d16']
-
-
-class ReleasedForm(nn.Module):
-    """CE computed pass by pass, as the released code does: its order of passes, copies and saved tensors.
-
-    The same parameters and statistics as ``ce``, and the same output; a yardstick, not a layer.
-    """
-
-    def __init__(self, ce: ChannelEquilibrium) -> None:
-        super().__init__()
-        self.ce = ce
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply CE to ``x``, (N, C, H, W)."""
-        ce, (n, c, h, w) = self.ce, x.shape
-        variance = x.reshape(n, c, -1).var(dim=-1)
-        gate = torch.sigmoid(ce.ir.fc2(F.relu(ce.ir.norm(ce.ir.fc1(variance)))))
-        # Copied twice, for the statistics (a pooling, switched off, stands in between) and for the product.
-        pooled = x.transpose(0, 1).contiguous().view(ce.num_groups, ce.group_size, -1)
-        grouped = x.transpose(0, 1).contiguous().view(ce.num_groups, ce.group_size, -1)
-        if ce.training:
-            scale = variance.mean().sqrt()
-            mean = pooled.mean(-1, keepdim=True)
-            centered = pooled - mean
-            eye = torch.eye(ce.group_size, dtype=x.dtype, device=x.device).expand(ce.num_groups, -1, -1)
-            sigma = torch.baddbmm(eye, centered, centered.transpose(1, 2), beta=ce.bd.eps, alpha=1 / centered.shape[2])
-            sigma_n = sigma / (sigma * eye).sum((1, 2), keepdim=True)
-            whitening = eye
-            for _ in range(ce.bd.num_iterations):
-                whitening = torch.baddbmm(whitening, whitening @ whitening @ whitening, sigma_n, beta=1.5, alpha=-0.5)
-            ce._update(mean, whitening, scale)
-        else:
-            grouped - ce.bd.running_mean  # computed, never used
-            scale, whitening = ce.ir.running_scale, ce.bd.running_whitening
-        reweighted = (gate / scale)[:, :, None, None].expand_as(x) * x
-        decorrelated = (whitening @ grouped).reshape(c, n, h, w).transpose(0, 1).contiguous()
-        lam = torch.sigmoid(ce.theta)
-        return lam * decorrelated + (1 - lam) * reweighted
-
-
-def with_released_form(backbone: CEResNet) -> CEResNet:
-    """Return a copy of ``backbone`` whose CE layers compute as the released code does."""
-    backbone = copy.deepcopy(backbone)
-    for name, ce in list(backbone.named_ce()):
-        backbone.set_submodule(name, ReleasedForm(ce))
-    return backbone
 
 
 def interleaved(candidates: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:
@@ -133,6 +86,7 @@ def train_step(model: nn.Module, x: Tensor, dtype: torch.dtype) -> None:
     with torch.autocast(x.device.type, dtype=dtype, enabled=dtype != torch.float32):
         outputs = model(x)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    outputs = [out for out in outputs if out.requires_grad]  # of frozen stages none does
     torch.autograd.backward(outputs, [output_gradient(out.shape, out.dtype, out.device) for out in outputs])
 
 
@@ -203,50 +157,24 @@ def block_shape(text: str) -> list[int]:
     return [int(number) for number in match.groups()]
 
 
-def plain_and_ce(depth: int, x: Tensor) -> tuple[ResNet, CEResNet]:
-    """Return mmdet's ResNet and, of the same weights, CE's, whose statistics are those of ``x``."""
-    plain = ResNet(depth=depth, norm_eval=True)
-    ce = CEResNet(depth=depth, norm_eval=True)
-    ce.load_state_dict(plain.state_dict(), strict=False)
-    with torch.no_grad():  # CE needs statistics before it is evaluated
-        ce.to(x.device).train()
-        for _, layer in ce.named_ce():
-            layer.train()
-        ce(x)
-    return plain, ce
-
-
-def benchmark_backbone(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Compare the backbone with mmdet's plain ResNet and with the released form of CE, norms in evaluation."""
-    size = (args.batch, 3, *args.size)
+def benchmark_backbone(args: argparse.Namespace, mode: str) -> list[dict[str, Any]]:
+    """Compare the backbone with mmdet's plain ResNet, other blocks in it, and the released form of CE."""
+    size, options = (args.batch, 3, *args.size), MODES[mode]
     x = torch.randn(size, device=args.device).to(memory_format=args.memory_format)
-    plain, ce = plain_and_ce(args.depth, x)
-    batch_statistics = CEResNet(depth=args.depth, norm_eval=True, ce_eval=False)
-    batch_statistics.load_state_dict(ce.state_dict())
-    models = {
-        'plain ResNet': plain,
-        'CE': ce,
-        'CE, ce_eval=False': batch_statistics,
-        'CE, released form': with_released_form(ce),
-        'CE, ce_eval=False, released form': with_released_form(batch_statistics),
-    }
+    plain, ce = plain_and_ce(args.depth, x, **options)
+    models = {'plain ResNet': plain, 'CE': ce}
+    if mode == 'norm_eval':
+        models['CE, ce_eval=False'] = CEResNet(depth=args.depth, ce_eval=False, **options)
+        models['CE, ce_eval=False'].load_state_dict(ce.state_dict())
+    models |= {f'{name}, released form': with_released_form(model) for name, model in [*models.items()][1:]}
+    models |= rivals(args.depth, **options) if args.rivals else {}
     models = {name: model.to(args.device, memory_format=args.memory_format) for name, model in models.items()}
-    name = f'ResNet-{args.depth} {"x".join(map(str, size))}, norm_eval'
-    rows = measure(f'{name}, train step', models, x, args, training=True)
+    name = f'ResNet-{args.depth} {"x".join(map(str, size))}'
+    rows = measure(f'{name}, {mode}, train step', models, x, args, training=True)
+    if mode != 'norm_eval':  # the mode does not matter to inference
+        return rows
     evaluated = {name: model for name, model in models.items() if 'ce_eval' not in name}
     return rows + measure(f'{name}, inference', evaluated, x, args, training=False)
-
-
-class OnnxRuntime(nn.Module):
-    """A session of onnxruntime, called as the backbone that it was made from."""
-
-    def __init__(self, session: Any) -> None:
-        super().__init__()
-        self.session = session
-
-    def forward(self, x: Tensor) -> tuple[np.ndarray, ...]:
-        """Return the levels for images (N, 3, H, W)."""
-        return tuple(self.session.run(None, {'images': x.numpy()}))
 
 
 def benchmark_onnxruntime(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -255,73 +183,13 @@ def benchmark_onnxruntime(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     size = (args.batch, 3, *args.size)
     x = torch.randn(size).to(memory_format=args.memory_format)
-    plain, ce = plain_and_ce(args.depth, x)
+    plain, ce = plain_and_ce(args.depth, x, norm_eval=True)
     models = {'plain ResNet': plain, 'CE': ce}
     for name, model in [*models.items()]:
         model.eval()
         models[f'{name}, onnxruntime'] = OnnxRuntime(export_onnx.session(export_onnx.export(model)))
     title = f'ResNet-{args.depth} {"x".join(map(str, size))}, inference in torch and onnxruntime'
     return measure(title, models, x, args, training=False)
-
-
-def report(rows: list[dict[str, Any]], out_dir: Path, environment: dict[str, Any]) -> None:
-    """Print the tables; write results.json and benchmark.png. The first row of a comparison is its yardstick."""
-    comparisons: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        comparisons.setdefault(row['comparison'], []).append(row)
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(environment)
-    for title, group in comparisons.items():
-        table = Table(title=title)
-        for column in ('', 'median ms', 'quartiles', 'ratio', 'quartiles', 'saved MB', 'ratio', 'peak ratio'):
-            table.add_column(column, justify='left' if not column else 'right')
-        first = group[0]
-        for row in group:
-            for key in ('bytes_saved', 'peak_bytes'):
-                row[f'{key}_ratio'] = row[key] / first[key] if first[key] else None
-            table.add_row(
-                row['candidate'],
-                f'{row["median_ms"]:.2f}',
-                '{:.1f}-{:.1f}'.format(*row['quartiles_ms']),
-                f'{row["time_ratio"]:.3f}',
-                '{:.2f}-{:.2f}'.format(*row['time_ratio_quartiles']),
-                f'{row["bytes_saved"] / 1e6:.1f}' if row['bytes_saved'] else '-',
-                f'{row["bytes_saved_ratio"]:.3f}' if row['bytes_saved_ratio'] else '-',
-                f'{row["peak_bytes_ratio"]:.3f}' if row['peak_bytes_ratio'] else '-',
-            )
-        console.print(table)
-    blocks = [row['time_ratio'] for row in rows if row['candidate'] == 'this']
-    summary = {}
-    if blocks:
-        summary['block_speedup_geometric_mean'] = 1 / statistics.geometric_mean(blocks)
-        console.print(f'block: {summary["block_speedup_geometric_mean"]:.2f} times as fast as the released form')
-    out_dir.mkdir(parents=True, exist_ok=True)
-    (out_dir / 'results.json').write_text(json.dumps(dict(environment=environment, **summary, rows=rows), indent=1))
-    draw(comparisons, out_dir / 'benchmark.png', environment)
-    console.print(f'written: {out_dir / "results.json"}, {out_dir / "benchmark.png"}')
-
-
-def draw(comparisons: dict[str, list[dict[str, Any]]], path: Path, environment: dict[str, Any]) -> None:
-    """Draw the medians as bars, with their quartiles."""
-    heights = [len(group) + 1 for group in comparisons.values()]
-    figure, axes = plt.subplots(
-        len(heights), figsize=(9, 0.42 * sum(heights) + 1), height_ratios=heights, layout='constrained', squeeze=False
-    )
-    for axis, (title, group) in zip(axes[:, 0], comparisons.items()):
-        medians = [row['median_ms'] for row in group]
-        spread = [[abs(row['quartiles_ms'][k] - row['median_ms']) for row in group] for k in (0, 1)]
-        colours = [
-            '0.65' if 'released' in row['candidate'] or index == 0 else 'tab:blue' for index, row in enumerate(group)
-        ]
-        bars = axis.barh([row['candidate'] for row in group], medians, xerr=spread, color=colours, ecolor='0.3')
-        axis.bar_label(bars, [f'{row["median_ms"]:.1f} ms, {row["time_ratio"]:.2f}x' for row in group], padding=6)
-        axis.set_title(title, loc='left', fontsize=10)
-        axis.set_xlim(0, 1.3 * max(medians))
-        axis.invert_yaxis()
-        axis.spines[['top', 'right']].set_visible(False)
-    axes[-1, 0].set_xlabel('milliseconds, median and quartiles')
-    figure.suptitle(f'{environment["hardware"]}, torch {environment["torch"]}, {environment["dtype"]}', fontsize=10)
-    figure.savefig(path, dpi=120)
 
 
 def hardware(device: torch.device) -> str:
@@ -350,7 +218,14 @@ def main() -> None:
     parser.add_argument('--depth', type=int, default=50, help='(default: %(default)s)')
     parser.add_argument('--batch', type=int, default=2, help='images in the backbone input (default: %(default)s)')
     parser.add_argument('--size', type=int, nargs=2, default=[320, 480], help='height, width (default: 320 480)')
-    parser.add_argument('--dtype', choices=['float32', 'bfloat16', 'float16'], default='float32', help='autocast dtype')
+    parser.add_argument(
+        '--modes', nargs='+', choices=[*MODES], default=['norm_eval'], help='of the backbone (default: norm_eval)'
+    )
+    parser.add_argument('--rivals', action='store_true', help='with ContextBlock and SE in the plain backbone, too')
+    parser.add_argument(
+        '--dtype', choices=['float32', 'tf32', 'bfloat16', 'float16'], default='float32',
+        help='autocast dtype; tf32 is float32 with TF32 products on CUDA (default: %(default)s)',
+    )  # fmt: skip
     parser.add_argument('--channels-last', action='store_true')
     parser.add_argument(
         '--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='(default: %(default)s)'
@@ -370,13 +245,16 @@ def main() -> None:
         mmdet_ce=__version__,
         dtype=args.dtype,
         memory_format='channels_last' if args.channels_last else 'contiguous',
+        kernels=os.environ.get(VARIABLE, 'auto'),
         rounds=args.rounds,
     )
-    args.dtype = getattr(torch, args.dtype)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = args.dtype == 'tf32'
+    args.dtype = torch.float32 if args.dtype == 'tf32' else getattr(torch, args.dtype)
     args.memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     torch.manual_seed(0)
     rows = benchmark_blocks(args) if 'block' in args.what else []
-    rows += benchmark_backbone(args) if 'backbone' in args.what else []
+    for mode in args.modes if 'backbone' in args.what else []:
+        rows += benchmark_backbone(args, mode)
     rows += benchmark_onnxruntime(args) if 'onnxruntime' in args.what else []
     report(rows, args.out_dir, environment)
 

@@ -26,7 +26,6 @@ VENV = ROOT / '.venv'
 VENV_PYTHON = VENV / 'bin' / 'python'
 STAMP = VENV / '.mmdet_ce_ready'
 REQUIREMENTS = ROOT / 'requirements.txt'
-IMAGENET_REQUIREMENTS = ROOT / 'requirements-imagenet.txt'
 REQUIRED_PYTHON = (3, 11)
 
 # Two wheels of mmcv are interchangeable only if all of this agrees: the interpreter, the exact torch build, and
@@ -211,15 +210,16 @@ def build_mmcv(folder: Path) -> Path:
     return wheel
 
 
-def install_imagenet() -> None:
-    """Put what only the ImageNet tests need into ``.venv/imagenet``, apart from the rest, once."""
-    folder, pins = VENV / 'imagenet', IMAGENET_REQUIREMENTS.read_text()
+def install_apart(name: str) -> None:
+    """Put the pins of requirements-NAME.txt, which only some tests need, into ``.venv/NAME``, once."""
+    requirements = ROOT / f'requirements-{name}.txt'
+    folder, pins = VENV / name, requirements.read_text()
     stamp = folder / '.pins'
     if stamp.is_file() and stamp.read_text() == pins:
         return
-    say('mmpretrain, for the ImageNet tests')
+    say(f'what the {name} tests need, into {folder}')
     shutil.rmtree(folder, ignore_errors=True)
-    pip('install', '--no-deps', '--target', str(folder), '-r', str(IMAGENET_REQUIREMENTS))
+    pip('install', '--no-deps', '--target', str(folder), '-r', str(requirements))
     stamp.write_text(pins)
 
 
@@ -227,11 +227,13 @@ def main() -> None:
     """Set up, or find that nothing is to do."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--imagenet', action='store_true', help='with what the ImageNet tests need')
+    parser.add_argument('--kernels', action='store_true', help='with Triton, for the tests of the kernels')
     args = parser.parse_args()
     if not (STAMP.is_file() and STAMP.read_text() == fingerprint()):
         set_up()
-    if args.imagenet:
-        install_imagenet()
+    for name in ('imagenet', 'kernels'):
+        if getattr(args, name):
+            install_apart(name)
 
 
 def set_up() -> None:

@@ -7,6 +7,7 @@ import json
 import sys
 
 import benchmark_ce
+import benchmark_models
 import pytest
 import torch
 from utils import assert_agree, randomize
@@ -39,13 +40,34 @@ def test_bytes_saved_counts_each_tensor_once():
     assert benchmark_ce.bytes_saved(model, x) == 3 * 8 * 4, "sigmoid's output; the weights and the input are aside"
 
 
+def test_rivals_are_networks_of_the_same_levels():
+    plain, *others = CEResNet(depth=50, ce_cfg=None), *benchmark_models.rivals(50, norm_eval=True).values()
+    x = torch.randn(2, 3, 64, 64)
+    shapes = [level.shape for level in plain(x)]
+    assert len(others) == 2
+    for other in others:
+        assert [level.shape for level in other(x)] == shapes
+        assert sum(p.numel() for p in other.parameters()) > sum(p.numel() for p in plain.parameters())
+
+
+def test_squeeze_and_excitation_takes_part():
+    network = benchmark_models.SEResNet(depth=50)
+    network.eval()  # mmdet's returns nothing
+    x = torch.randn(1, 3, 32, 32)
+    before = network(x)[-1]
+    with torch.no_grad():
+        for block in network.layer4:
+            block.se.conv2.conv.bias.fill_(-3)
+    assert not torch.allclose(network(x)[-1], before)
+
+
 @pytest.mark.slow
 def test_command_writes_table_and_chart(tmp_path, monkeypatch, capsys):
-    command = f'benchmark_ce.py --what backbone --depth 18 --batch 1 --size 64 64 --rounds 2 --out-dir {tmp_path}'
-    monkeypatch.setattr(sys, 'argv', command.split())
+    command = 'benchmark_ce.py --what backbone --depth 18 --size 64 64 --rounds 2 --modes norm_eval coco batch'
+    monkeypatch.setattr(sys, 'argv', [*command.split(), '--out-dir', str(tmp_path)])
     benchmark_ce.main()
     assert 'train step' in capsys.readouterr().out
     results = json.loads((tmp_path / 'results.json').read_text())
     assert results['environment']['torch'] == torch.__version__
-    assert [row['candidate'] for row in results['rows']].count('CE') == 2
+    assert [row['candidate'] for row in results['rows']].count('CE') == 4
     assert (tmp_path / 'benchmark.png').stat().st_size > 10_000

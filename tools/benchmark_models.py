@@ -1,0 +1,122 @@
+"""What tools/benchmark_ce.py compares CE with: its released form, the plain network, and other blocks for it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from mmdet.models import ResNet
+from mmdet.models.backbones.resnet import Bottleneck
+from mmdet.models.layers import SELayer
+from torch import Tensor, nn
+
+from mmdet_ce import CEResNet, ChannelEquilibrium
+
+# mmdet's configs/gcnet, the lighter of its ratios
+CONTEXT_BLOCK = dict(
+    cfg=dict(type='ContextBlock', ratio=1 / 16), stages=(False, True, True, True), position='after_conv3'
+)
+
+
+class ReleasedForm(nn.Module):
+    """CE computed pass by pass, as the released code does: its order of passes, copies and saved tensors.
+
+    The same parameters and statistics as ``ce``, and the same output; a yardstick, not a layer.
+    """
+
+    def __init__(self, ce: ChannelEquilibrium) -> None:
+        super().__init__()
+        self.ce = ce
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply CE to ``x``, (N, C, H, W)."""
+        ce, (n, c, h, w) = self.ce, x.shape
+        variance = x.reshape(n, c, -1).var(dim=-1)
+        gate = torch.sigmoid(ce.ir.fc2(F.relu(ce.ir.norm(ce.ir.fc1(variance)))))
+        # Copied twice, for the statistics (a pooling, switched off, stands in between) and for the product.
+        pooled = x.transpose(0, 1).contiguous().view(ce.num_groups, ce.group_size, -1)
+        grouped = x.transpose(0, 1).contiguous().view(ce.num_groups, ce.group_size, -1)
+        if ce.training:
+            scale = variance.mean().sqrt()
+            mean = pooled.mean(-1, keepdim=True)
+            centered = pooled - mean
+            eye = torch.eye(ce.group_size, dtype=x.dtype, device=x.device).expand(ce.num_groups, -1, -1)
+            sigma = torch.baddbmm(eye, centered, centered.transpose(1, 2), beta=ce.bd.eps, alpha=1 / centered.shape[2])
+            sigma_n = sigma / (sigma * eye).sum((1, 2), keepdim=True)
+            whitening = eye
+            for _ in range(ce.bd.num_iterations):
+                whitening = torch.baddbmm(whitening, whitening @ whitening @ whitening, sigma_n, beta=1.5, alpha=-0.5)
+            ce._update(mean, whitening, scale)
+        else:
+            grouped - ce.bd.running_mean  # computed, never used
+            scale, whitening = ce.ir.running_scale, ce.bd.running_whitening
+        reweighted = (gate / scale)[:, :, None, None].expand_as(x) * x
+        decorrelated = (whitening @ grouped).reshape(c, n, h, w).transpose(0, 1).contiguous()
+        lam = torch.sigmoid(ce.theta)
+        return lam * decorrelated + (1 - lam) * reweighted
+
+
+def with_released_form(backbone: CEResNet) -> CEResNet:
+    """Return a copy of ``backbone`` whose CE layers compute as the released code does."""
+    backbone = copy.deepcopy(backbone)
+    for name, ce in list(backbone.named_ce()):
+        backbone.set_submodule(name, ReleasedForm(ce))
+    return backbone
+
+
+class SEBottleneck(Bottleneck):
+    """mmdet's Bottleneck with squeeze-and-excitation after the last norm, where CE would be."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.se = SELayer(self.conv3.out_channels)
+
+    @property
+    def norm3(self) -> nn.Module:
+        """The last norm and what follows it."""
+        norm, se = getattr(self, self.norm3_name), getattr(self, 'se', None)
+        return norm if se is None else lambda x: se(norm(x))
+
+
+class SEResNet(ResNet):
+    """mmdet's ResNet with squeeze-and-excitation in every bottleneck."""
+
+    arch_settings = {50: (SEBottleneck, (3, 4, 6, 3)), 101: (SEBottleneck, (3, 4, 23, 3))}
+
+
+def rivals(depth: int, **options: Any) -> dict[str, ResNet]:
+    """Return plain networks with the blocks that a user would pick instead of CE; none without bottlenecks."""
+    if depth not in SEResNet.arch_settings:
+        return {}
+    return {
+        'plain + ContextBlock': ResNet(depth=depth, plugins=[CONTEXT_BLOCK], **options),
+        'plain + SE': SEResNet(depth=depth, **options),
+    }
+
+
+def plain_and_ce(depth: int, x: Tensor, **options: Any) -> tuple[ResNet, CEResNet]:
+    """Return mmdet's ResNet and, of the same weights, CE's, whose statistics are those of ``x``."""
+    plain = ResNet(depth=depth, **options)
+    ce = CEResNet(depth=depth, **options)
+    ce.load_state_dict(plain.state_dict(), strict=False)
+    with torch.no_grad():  # CE needs statistics before it is evaluated
+        ce.to(x.device).train()
+        for _, layer in ce.named_ce():
+            layer.train()
+        ce(x)
+    return plain, ce
+
+
+class OnnxRuntime(nn.Module):
+    """A session of onnxruntime, called as the backbone that it was made from."""
+
+    def __init__(self, session: Any) -> None:
+        super().__init__()
+        self.session = session
+
+    def forward(self, x: Tensor) -> tuple[np.ndarray, ...]:
+        """Return the levels for images (N, 3, H, W)."""
+        return tuple(self.session.run(None, {'images': x.numpy()}))
