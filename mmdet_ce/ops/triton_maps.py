@@ -77,7 +77,7 @@ def group(
 def reduce(x: StridedMap, with_covariance: bool) -> tuple[Tensor, Tensor]:
     """Return the means of each sample's positions and the products summed about them; see ``maps.reduce``."""
     (n, g, length), d = x.shape, x.group_size
-    tiling = TILINGS['reduce' if with_covariance else 'variance'][d]
+    tiling = tiling_of('reduce' if with_covariance else 'variance', d, x.values.dtype)
     stretch = _stretches(n * g, length, tiling, x.values.device)
     means = x.values.new_empty((n, g, d), dtype=torch.float32)
     scatter = means.new_empty((n, g, d, d) if with_covariance else (n, g, d))
@@ -103,7 +103,7 @@ def apply(
 ) -> Tensor:
     """Return relu(M x + constant + residual); see ``maps.apply``."""
     (n, g, length), d = x.shape, x.group_size
-    tiling = TILINGS['apply'][d]
+    tiling = tiling_of('apply', d, x.values.dtype)
     stretch = _stretches(n * g, length, tiling, x.values.device)
     out = torch.empty_like(x.values)
     if residual is not None:
@@ -126,7 +126,7 @@ def reduce_backward(
     """Return the gradients of M and of its constant, and that of the shortcut; see ``maps.reduce_backward``."""
     (n, g, length), d = x.shape, x.group_size
     grad = group(grad, d, channels_last=x.channels_last)
-    tiling = TILINGS['reduce_backward'][d]
+    tiling = tiling_of('reduce_backward', d, x.values.dtype)
     stretch = _stretches(n * g, length, tiling, x.values.device)
     dy = grad if out is None else grad._replace(values=torch.empty_like(grad.values))
     products = x.values.new_empty((n, g, d, d), dtype=torch.float32)
@@ -152,7 +152,7 @@ def reduce_backward(
 def apply_backward(dy: StridedMap, x: StridedMap, matrix: Tensor, symmetric: Tensor, constant: Tensor) -> Tensor:
     """Return dx = M^T dy + S x + constant; see ``maps.apply_backward``."""
     (n, g, length), d = x.shape, x.group_size
-    tiling = TILINGS['apply_backward'][d]
+    tiling = tiling_of('apply_backward', d, x.values.dtype)
     stretch = _stretches(n * g, length, tiling, x.values.device)
     dx = torch.empty_like(x.values)
     start(
@@ -170,6 +170,13 @@ def _small(tensor: Optional[Tensor]) -> Optional[Tensor]:
 
 def _carved(like: Tensor, *shapes: tuple[int, ...]) -> list[Slice]:
     return carve(like.new_empty(room_for(*shapes)), *shapes)
+
+
+def tiling_of(name: str, d: int, dtype: torch.dtype) -> Tiling:
+    """Return how the kernel of a pass covers a map; half as much of a float32 one where shared memory would not do."""
+    tiling = TILINGS[name][d]
+    halved = d == 64 and dtype == torch.float32 and name.endswith('backward')
+    return tiling._replace(block=tiling.block // 2) if halved else tiling
 
 
 def _precision(x: StridedMap) -> str:

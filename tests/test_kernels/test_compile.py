@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 pytestmark = [
     pytest.mark.kernels,
@@ -60,7 +61,7 @@ def compile_kernel(kernel, map_type: str, constants: dict, num_warps: int, capab
 def test_passes_over_a_map(name, d, map_type, capability):
     from mmdet_ce.ops import triton_map_kernels, triton_maps
 
-    tiling = triton_maps.TILINGS[name][d]
+    tiling = triton_maps.tiling_of(name, d, torch.float32 if map_type == 'fp32' else torch.bfloat16)
     constants = dict(
         d=d, block=tiling.block, channels_last=False, align=8, precision='tf32x3' if map_type == 'fp32' else 'tf32',
         with_covariance=name == 'reduce', has_constant=True, has_residual=True, relu=True, full=True,
