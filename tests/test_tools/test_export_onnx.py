@@ -118,7 +118,7 @@ def test_place_that_cannot_be_written(run, folder, no_export):
 def test_latency_of_all_four(folder, no_export, monkeypatch, tmp_path):
     cfg = Config.fromfile(folder / 'CEResNet.py')
     backbone = load_backbone(cfg, folder / 'CEResNet.pth')
-    monkeypatch.setattr(benchmark_ce, 'plain_and_ce', lambda depth, x: (backbone, backbone))
+    monkeypatch.setattr(benchmark_ce, 'plain_and_ce', lambda depth, x, norm_eval: (backbone, backbone))
     command = f'benchmark_ce.py --what onnxruntime --batch 1 --size 64 64 --rounds 2 --device cpu --out-dir {tmp_path}'
     monkeypatch.setattr(sys, 'argv', command.split())
     benchmark_ce.main()
