@@ -23,6 +23,7 @@ from benchmark_models import OnnxRuntime, ReleasedForm, plain_and_ce, rivals, wi
 from benchmark_report import report
 from rich.progress import track
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from mmdet_ce import CEResNet, ChannelEquilibrium, __version__
 from mmdet_ce.ops.kernels import VARIABLE
@@ -64,7 +65,7 @@ def bytes_saved(model: nn.Module, x: Tensor) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in aside:
             saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # a node that kept its own output would keep itself, and the graph, for ever
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         outputs = model(x)
@@ -107,6 +108,21 @@ def peak_memory(step: Callable[[], None], device: torch.device) -> Optional[int]
     return torch.cuda.max_memory_allocated(device)
 
 
+def gpu_milliseconds(step: Callable[[], None], device: torch.device, steps: int = 3) -> Optional[float]:
+    """Return how long the kernels of ``step`` keep the GPU busy, or None on a CPU.
+
+    A host that starts kernels more slowly than the GPU runs them makes a step longer than this.
+    """
+    if device.type != 'cuda':
+        return None
+    with profile(activities=[ProfilerActivity.CUDA]) as result:
+        for _ in range(steps):
+            step()
+        torch.cuda.synchronize(device)
+    kernels = [event for event in result.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(event.device_time for event in kernels) / 1e3 / steps
+
+
 def measure(
     title: str, models: dict[str, nn.Module], x: Tensor, args: argparse.Namespace, training: bool
 ) -> list[dict[str, Any]]:
@@ -132,6 +148,7 @@ def measure(
                 time_ratio_quartiles=[ratios[0], ratios[2]],
                 bytes_saved=bytes_saved(model, x) if training else None,
                 peak_bytes=peak_memory(candidates[name], x.device),
+                gpu_ms=gpu_milliseconds(candidates[name], x.device),
             )
         )
     return rows

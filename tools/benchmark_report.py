@@ -25,11 +25,14 @@ def report(rows: list[dict[str, Any]], out_dir: Path, environment: dict[str, Any
     console.print(environment)
     for title, group in comparisons.items():
         table = Table(title=title)
-        for column in ('', 'median ms', 'quartiles', 'ratio', 'quartiles', 'saved MB', 'ratio', 'peak ratio'):
+        on_gpu = group[0]['gpu_ms'] is not None
+        for column in ('', 'median ms', 'quartiles', 'ratio', 'quartiles', 'saved MB', 'ratio'):
             table.add_column(column, justify='left' if not column else 'right')
+        for column in ('peak ratio', 'GPU ms', 'ratio') if on_gpu else ():
+            table.add_column(column, justify='right')
         first = group[0]
         for row in group:
-            for key in ('bytes_saved', 'peak_bytes'):
+            for key in ('bytes_saved', 'peak_bytes', 'gpu_ms'):
                 row[f'{key}_ratio'] = row[key] / first[key] if first[key] else None
             table.add_row(
                 row['candidate'],
@@ -39,7 +42,7 @@ def report(rows: list[dict[str, Any]], out_dir: Path, environment: dict[str, Any
                 '{:.2f}-{:.2f}'.format(*row['time_ratio_quartiles']),
                 f'{row["bytes_saved"] / 1e6:.1f}' if row['bytes_saved'] else '-',
                 f'{row["bytes_saved_ratio"]:.3f}' if row['bytes_saved_ratio'] else '-',
-                f'{row["peak_bytes_ratio"]:.3f}' if row['peak_bytes_ratio'] else '-',
+                *(gpu_columns(row) if on_gpu else ()),
             )
         console.print(table)
     blocks = [row['time_ratio'] for row in rows if row['candidate'] == 'this']
@@ -51,6 +54,11 @@ def report(rows: list[dict[str, Any]], out_dir: Path, environment: dict[str, Any
     (out_dir / 'results.json').write_text(json.dumps(dict(environment=environment, **summary, rows=rows), indent=1))
     draw(comparisons, out_dir / 'benchmark.png', environment)
     console.print(f'written: {out_dir / "results.json"}, {out_dir / "benchmark.png"}')
+
+
+def gpu_columns(row: dict[str, Any]) -> tuple[str, ...]:
+    """Return the columns that only a GPU has."""
+    return f'{row["peak_bytes_ratio"]:.3f}', f'{row["gpu_ms"]:.2f}', f'{row["gpu_ms_ratio"]:.3f}'
 
 
 def draw(comparisons: dict[str, list[dict[str, Any]]], path: Path, environment: dict[str, Any]) -> None:

@@ -13,7 +13,9 @@ MAX_FLOAT32_ITERATIONS = 8
 def no_autocast(x: Tensor) -> AbstractContextManager:
     """Return a context in which operations on ``x`` keep their dtype."""
     device = x.device.type
-    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # torch.compile in torch 2.11 cannot trace the question whether a device type has an autocast
+    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    enabled = available and torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if enabled else nullcontext()
 
 
