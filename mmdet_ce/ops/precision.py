@@ -60,6 +60,7 @@ def small_dtype(x: Tensor, double: bool) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float64 if double or (x.is_cuda and _tf32_allowed()) else torch.float32)
 
 
+@torch.compiler.assume_constant_result  # torch 2.11 cannot trace a look at the switch
 def _tf32_allowed() -> bool:
     matmul = torch.backends.cuda.matmul
     if hasattr(matmul, 'fp32_precision'):  # torch 2.9 and later, where reading the old switch can raise

@@ -59,7 +59,7 @@ def start(
         constants: The values of the constexpr parameters.
         num_warps: Warps of a program.
     """
-    if torch.compiler.is_compiling() or isinstance(kernel, InterpretedFunction):
+    if isinstance(kernel, InterpretedFunction):
         kernel[grid](*_tensors(arguments), *constants, num_warps=num_warps)
         return
     device = arguments[0].buffer.device if type(arguments[0]) is Slice else arguments[0].device
