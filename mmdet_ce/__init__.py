@@ -10,11 +10,11 @@ from .version import __version__
 check_environment()
 
 from .backbones import CEMobileNetV2, CEResNet, CEResNetV1d, CEResNeXt  # noqa: E402
+from .checkpoints import register_loader  # noqa: E402
 from .hooks import AtomicCheckpointHook, CECalibrationHook, ChannelStatisticsHook  # noqa: E402
 from .layers import ChannelEquilibrium  # noqa: E402
-from .safe_globals import register_safe_globals  # noqa: E402
 
-register_safe_globals()
+register_loader()
 
 __all__ = [
     'AtomicCheckpointHook',

@@ -13,8 +13,8 @@ from mmdet.registry import DATASETS
 from mmengine.config import Config
 from mmengine.fileio import load
 
-from .checkpoint_io import CheckpointFileError, find_damage, read_checkpoint
-from .loading import missing_weights_message
+from .backbones.loading_report import missing_weights_message
+from .checkpoints import CheckpointFileError, read_checkpoint
 
 CE_TYPES = ('CEMobileNetV2', 'CEResNeXt', 'CEResNet', 'CEResNetV1d', 'ChannelEquilibrium')
 CUSTOM_IMPORTS = "custom_imports = dict(imports=['mmdet_ce'], allow_failed_imports=False)"
@@ -86,13 +86,10 @@ def _is_missing(path: Any) -> bool:
 
 def _file_problem(path: Any) -> Optional[str]:
     """Say what is wrong with a local file as a checkpoint; None for a remote one."""
-    path = Path(path).expanduser()
-    if not path.is_file():
+    if '://' in str(path):
         return None
-    if damage := find_damage(path):
-        return f'checkpoint {path} {damage}; use another one'
     try:
-        read_checkpoint(path)
+        read_checkpoint(Path(path).expanduser())
     except CheckpointFileError as error:
         return str(error)
     return None

@@ -6,6 +6,7 @@ memory without bounds, for objects out of bytes, or are none of what they preten
 
 from __future__ import annotations
 
+import codecs
 import copy
 import io
 import logging
@@ -18,7 +19,7 @@ import subprocess
 import tarfile
 import timeit
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,37 @@ def archive(pickled: bytes, *storages: bytes) -> bytes:
             out.writestr(f'archive/{name}', content)
         out.writestr('archive/version', b'3\n')
     return file.getvalue()
+
+
+# parts of a training's checkpoint, as none is written
+WRONG_PARTS = {
+    'state_dict': [torch.zeros(1)],
+    'state_dict ': {1: torch.zeros(1)},
+    'state_dict  ': {'a': {'b': torch.zeros(1)}},
+    'meta': ['epoch'],
+    'meta ': {'epoch': 'one'},
+    'meta  ': {'seed': [1]},
+    'optimizer': [1],
+    'optimizer ': {'state': {}, 'param_groups': 'none'},
+    'optimizer  ': {'state': {}},
+    'param_schedulers': 3,
+    'message_hub': {'log_scalars': []},
+    'message_hub ': {'log_scalars': {}, 'resumed_keys': {}, 'runtime_info': {'keep_ckpt_ids': ['../../a']}},
+}
+
+
+def part(key: str, value: Any) -> bytes:
+    """Return a training's checkpoint with one part exchanged."""
+    file = io.BytesIO()
+    whole = {'meta': {'epoch': 1, 'iter': 1}, 'state_dict': {}, 'optimizer': {'state': {}, 'param_groups': []}}
+    torch.save({**whole, key.strip(): value}, file)
+    return file.getvalue()
+
+
+def pickle_of(path: Path) -> bytes:
+    """Return the pickle in an archive of torch.save."""
+    with zipfile.ZipFile(path) as file:
+        return file.read(next(name for name in file.namelist() if name.endswith('/data.pkl')))
 
 
 def opcodes(*parts: bytes | list) -> bytes:
@@ -153,6 +185,17 @@ def forged() -> dict[str, bytes]:
         rest = [0, (size,), (1,), False, OrderedDict()]
         return opcodes([torch._utils._rebuild_tensor_v2], b'(', storage, b'Q', rest, b'tR')
 
+    shared: Any = ()
+    for _ in range(40):  # 2 to the 40th values for whoever walks or prints it
+        shared = (shared, shared)
+    rebuild, identity = torch._tensor._rebuild_from_type_v2, Calls(getattr, HistoryBuffer, 'current')
+    changed = OrderedDict()
+    changed.as_subclass = identity
+    quantized = torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8)
+    meta, sparse = torch.zeros(4, device='meta'), torch.zeros(4).to_sparse()
+    tensors = {'meta': meta, 'sparse': sparse, 'quantized': quantized, 'complex': torch.zeros(2, dtype=torch.complex64)}
+    tensors['nested'] = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
+    many_views = torch.zeros(1 << 18)
     script, compressed, overlapping, other = (io.BytesIO() for _ in range(4))
     torch.jit.save(torch.jit.script(torch.nn.Identity()), script)
     with zipfile.ZipFile(compressed, 'w', zipfile.ZIP_DEFLATED) as out:
@@ -184,6 +227,40 @@ def forged() -> dict[str, bytes]:
         'a persistent id of text': archive(opcodes(['os'], b'Q')),
         'a persistent id of a module': archive(opcodes([('module', 'os', 'os.py', 'system')], b'Q')),
         'an extension code': archive(opcodes(b'\x82\x01')),
+        # a function of mmengine's called by torch's own rebuilding, to set attributes of a class
+        'a class as a tensor': saved(Calls(rebuild, identity, type, (torch.Tensor,), {'isnan': OrderedDict})),
+        'an identity called': saved(Calls(identity, torch.Tensor)),
+        'attributes of a dict': saved(Calls(rebuild, OrderedDict, torch.Tensor, (changed,), {'isnan': OrderedDict})),
+        'a tensor of attributes': saved(Calls(rebuild, torch._utils._rebuild_parameter, int, (1, 2, 3), {'grad': 1})),
+        # what takes for ever to print, or to copy
+        'shared tuples': saved(shared),
+        'shared tuples: getattr': saved(Calls(getattr, shared, 'mean')),
+        'shared tuples: an array': saved(Calls(_reconstruct, np.ndarray, shared, b'b')),
+        'shared tuples: a dtype': saved(Calls(np.dtype, shared)),
+        'shared tuples: a persistent id': archive(opcodes([('storage', shared, '0', 'cpu', 1)], b'Q')),
+        'shared tuples: a name': archive(opcodes([{}, shared, 1], b's')),
+        'shared tuples: a history': archive(
+            opcodes(
+                [HistoryBuffer], b')\x81', [{'_log_history': shared, '_count_history': shared, 'max_length': 1}], b'b'
+            )
+        ),
+        'shared lists': saved([[shared] * 1000] * 1000),
+        'nested lists': archive(b'\x80\x02' + b']' * 100_000 + b'a' * 99_999 + b'.'),
+        'a list that holds itself': archive(opcodes(b']q\x00h\x00a')),
+        'more steps than a checkpoint takes': archive(b'\x80\x02]' + b'}a' * 3_000_000 + b'.'),
+        'many tensors on one storage': saved({i: many_views[i:] for i in range(1000)}),
+        **{f'a {name} tensor': saved(tensor) for name, tensor in tensors.items()},
+        # other containers and attributes
+        'a set': saved({1, 2}),
+        'a counter': saved(Counter('aab')),
+        'a device': saved(torch.device('cpu')),
+        'a dtype': saved(torch.float32),
+        'a class': saved(HistoryBuffer),
+        'bytes made elsewhere': saved(Calls(codecs.encode, 'a', 'rot13')),
+        'a byte array': saved(bytearray(4)),
+        'a key of another type': saved({(1, 2): 1}),
+        # parts of a training of another type
+        **{f'{key} of a wrong type': part(key, value) for key, value in WRONG_PARTS.items()},
         'TorchScript': script.getvalue(),
         'a compressed bomb': compressed.getvalue(),
         'an overlapping bomb': overlapping.getvalue(),

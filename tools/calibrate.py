@@ -14,7 +14,7 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import Runner, load_state_dict, set_random_seed
 
 from mmdet_ce.calibration import calibrate
-from mmdet_ce.checkpoint_io import CheckpointFileError, read_checkpoint, state_dict_of, write_checkpoint
+from mmdet_ce.checkpoints import CheckpointFileError, read_checkpoint, state_dict_of, write_checkpoint
 from mmdet_ce.preflight import find_problems
 
 

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmdet_ce import __version__
-from mmdet_ce.checkpoint_io import whole_file
+from mmdet_ce.checkpoints import whole_file
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt  # noqa: E402

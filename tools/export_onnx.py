@@ -17,8 +17,8 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from torch import nn
 
-from mmdet_ce.checkpoint_io import CheckpointFileError, whole_file
-from mmdet_ce.trained_backbone import load_backbone
+from mmdet_ce.checkpoints import CheckpointFileError, whole_file
+from mmdet_ce.checkpoints.trained_backbone import load_backbone
 
 try:
     import onnx

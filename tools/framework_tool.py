@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import pickle
 import re
 import runpy
 import sys
@@ -12,17 +11,19 @@ import traceback
 import warnings
 from pathlib import Path
 from typing import Optional
+from urllib.error import URLError
 
 # mmengine's own, at every start and in every worker; it says nothing about the user's run
 warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
 os.environ.setdefault('PYTHONWARNINGS', 'ignore:pkg_resources is deprecated:UserWarning')
 
 from mmengine.config import Config  # noqa: E402
+from torch import distributed as dist  # noqa: E402
 
-from mmdet_ce.checkpoint_io import CheckpointFileError, refusal_reason  # noqa: E402
-from mmdet_ce.loading import CheckpointMismatchError  # noqa: E402
+from mmdet_ce.backbones.loading_report import CheckpointMismatchError  # noqa: E402
+from mmdet_ce.checkpoints import CheckpointFileError, FolderInUseError  # noqa: E402
+from mmdet_ce.checkpoints.resume import prepare_resume  # noqa: E402
 from mmdet_ce.preflight import find_problems  # noqa: E402
-from mmdet_ce.resume import prepare_resume  # noqa: E402
 
 
 def framework_of(arguments: list[str]) -> str:
@@ -92,15 +93,17 @@ def run(name: str) -> None:
         if problems:
             sys.exit('\n'.join(f'error: {problem}' for problem in problems))
         tool['main']()
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()  # gloo's threads, still running at exit, can abort the process
     except FileNotFoundError as error:
         if problem := image_error(error):
             sys.exit(f'error: {problem}')
         if error.filename is not None:  # raised by the operating system somewhere inside: its traceback tells where
             raise
         sys.exit(f'error: {error}')
-    except pickle.UnpicklingError as error:
-        sys.exit(f'error: {refusal_reason(error)}')
-    except CheckpointMismatchError as error:
+    except URLError as error:
+        sys.exit(f'error: a checkpoint or file of weights could not be downloaded: {error.reason}')
+    except (CheckpointFileError, CheckpointMismatchError, FolderInUseError) as error:
         sys.exit(f'error: {error}')
     except Exception as error:
         if problem := image_error(error):

@@ -40,7 +40,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmdet_ce import __version__
-from mmdet_ce.checkpoint_io import CheckpointFileError, read_checkpoint, whole_file
+from mmdet_ce.checkpoints import CheckpointFileError, read_checkpoint, whole_file
 
 TOOLS = Path(__file__).resolve().parent
 STATE = ('state_dict', 'optimizer', 'param_schedulers')

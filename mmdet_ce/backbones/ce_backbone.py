@@ -18,8 +18,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 from ..layers import ChannelEquilibrium
-from ..loading import missing_weights_message, summarize_load
 from ..ops.precision import is_tracing
+from .loading_report import missing_weights_message, summarize_load
 
 
 def build_ce(ce_cfg: dict, in_channels: int) -> ChannelEquilibrium:

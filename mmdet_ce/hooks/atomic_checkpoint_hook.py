@@ -5,15 +5,16 @@ from __future__ import annotations
 import os.path as osp
 from collections import deque
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, Optional, TextIO, Union
 
 from mmdet.registry import HOOKS
 from mmengine.dist import is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook
+from mmengine.logging import print_log
 from mmengine.runner import Runner
 
-from ..checkpoint_io import whole_file
+from ..checkpoints import lock_folder, whole_file
 
 
 @register_backend('atomic')
@@ -52,14 +53,40 @@ class AtomicCheckpointHook(CheckpointHook):
         if backend_args is None and kwargs.get('file_client_args') is None and not remote:
             backend_args = dict(backend='atomic')
         super().__init__(backend_args=backend_args, **kwargs)
+        self._lock: Optional[TextIO] = None
 
     def before_train(self, runner: Runner) -> None:
-        """Remove what a kill in the middle of writing left."""
+        """Take the work directory for this training alone, and remove what a kill in the middle of writing left."""
+        if is_main_process():
+            self._lock = lock_folder(runner.work_dir)
         super().before_train(runner)
+        self._forget_other_folders(runner)
         if is_main_process() and isinstance(self.file_backend, AtomicLocalBackend):
             for folder in {self.out_dir, runner.work_dir}:
                 for leftover in Path(folder).glob('.*.????????.tmp'):
-                    leftover.unlink()
+                    leftover.unlink(missing_ok=True)
+
+    def after_run(self, runner: Runner) -> None:
+        """Give the work directory back."""
+        super().after_run(runner)
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _forget_other_folders(self, runner: Runner) -> None:
+        """Forget best checkpoints of other folders, which a resumed training remembers: a better one deletes them."""
+        folders = {Path(folder).absolute() for folder in (self.out_dir, runner.work_dir)}
+
+        def own(path: Optional[str]) -> Optional[str]:
+            if path is None or '://' in str(self.out_dir) or Path(path).absolute().parent in folders:
+                return path
+            print_log(f'{path}, the best checkpoint so far, is of another folder and stays', logger='current')
+            return None
+
+        if len(getattr(self, 'key_indicators', [])) > 1:
+            self.best_ckpt_path_dict = {key: own(path) for key, path in self.best_ckpt_path_dict.items()}
+        elif self.save_best:
+            self.best_ckpt_path = own(self.best_ckpt_path)
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
         """Write the checkpoint, then name it as the last one, then delete the outdated ones."""

@@ -19,7 +19,7 @@ from utils import assert_agree, randomize
 
 from mmdet_ce import CEResNet, ChannelEquilibrium
 from mmdet_ce.backbones.ce_resnet import norm_ce
-from mmdet_ce.converters import convert_official_state_dict
+from mmdet_ce.checkpoints.official import convert_official_state_dict
 
 TINY = dict(base_channels=16)
 OFF = [dict(ce_cfg=None), dict(stage_with_ce=(False,) * 4, stem_with_ce=False)]

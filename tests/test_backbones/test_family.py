@@ -11,7 +11,7 @@ from mmdet.registry import MODELS
 from utils import assert_agree, randomize
 
 from mmdet_ce import CEMobileNetV2, CEResNet, ChannelEquilibrium
-from mmdet_ce.loading import CheckpointMismatchError, summarize_load
+from mmdet_ce.backbones.loading_report import CheckpointMismatchError, summarize_load
 
 FAMILY = [
     ('CEResNet', 'ResNet', dict(depth=18, base_channels=16)),

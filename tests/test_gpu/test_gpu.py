@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from utils import assert_agree, randomize
 
 from mmdet_ce import CEResNet, ChannelEquilibrium
-from mmdet_ce.converters import convert_official_state_dict
+from mmdet_ce.checkpoints.official import convert_official_state_dict
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')]
 

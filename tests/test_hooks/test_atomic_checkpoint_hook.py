@@ -16,9 +16,18 @@ from mmengine.model import BaseModel
 from mmengine.runner import Runner
 
 from mmdet_ce import AtomicCheckpointHook
-from mmdet_ce.checkpoint_io import find_damage
+from mmdet_ce.checkpoints import CheckpointFileError, FolderInUseError, lock_folder, read_checkpoint
 
 ENOUGH = 1 << 17  # bytes: for logs, and not for a checkpoint
+
+
+def find_damage(path: Path) -> str:
+    """Return what is wrong with a checkpoint, '' for a whole one."""
+    try:
+        read_checkpoint(path)
+    except CheckpointFileError as error:
+        return str(error)
+    return ''
 
 
 class Linear(BaseModel):
@@ -119,7 +128,7 @@ def test_kill_in_writing_with_one_checkpoint_kept(hook, tmp_path):
     """mmengine's hook loses everything, which shows that the kill is where it should be; this one loses nothing."""
     train_and_be_killed(tmp_path, epoch=3, hook=hook, max_keep_ckpts=1)
     if hook == 'CheckpointHook':
-        assert names(tmp_path) == {'epoch_3.pth'} and 'incomplete' in find_damage(tmp_path / 'epoch_3.pth')
+        assert names(tmp_path) == {'epoch_3.pth'} and 'damaged' in find_damage(tmp_path / 'epoch_3.pth')
         return
     assert names(tmp_path) == {'epoch_2.pth'} and not find_damage(tmp_path / 'epoch_2.pth')
     assert (tmp_path / 'last_checkpoint').read_text() == str(tmp_path / 'epoch_2.pth')

@@ -10,7 +10,7 @@ import torch
 from utils import assert_agree, randomize, reference
 
 from mmdet_ce import ChannelEquilibrium
-from mmdet_ce.converters import BLOCK_NAMES, convert_official_state_dict
+from mmdet_ce.checkpoints.official import BLOCK_NAMES, convert_official_state_dict
 
 
 @pytest.mark.parametrize('name', ['c32_d16', 'c48_d32', 'c64_d64'])

@@ -20,7 +20,7 @@ from mmengine.config import Config
 from mmengine.model import BaseModule
 from utils import randomize
 
-from mmdet_ce.trained_backbone import load_backbone
+from mmdet_ce.checkpoints.trained_backbone import load_backbone
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group('export_onnx')]  # one worker, one export
 

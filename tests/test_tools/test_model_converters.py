@@ -13,10 +13,10 @@ import pytest
 import torch
 from hostile import Calls
 from mmengine.logging import HistoryBuffer
-from test_converters import released
+from test_checkpoints.test_official import released
 
 from mmdet_ce import CEResNet, __version__
-from mmdet_ce.checkpoint_io import sha256
+from mmdet_ce.checkpoints import sha256
 
 
 @pytest.fixture(scope='module')

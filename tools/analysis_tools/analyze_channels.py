@@ -41,9 +41,9 @@ from mmdet_ce.channel_analysis import (
     network_input,
     normalized_entropy,
 )
-from mmdet_ce.checkpoint_io import CheckpointFileError
+from mmdet_ce.checkpoints import CheckpointFileError
+from mmdet_ce.checkpoints.trained_backbone import load_backbone
 from mmdet_ce.preflight import find_problems
-from mmdet_ce.trained_backbone import load_backbone
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt  # noqa: E402

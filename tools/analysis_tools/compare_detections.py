@@ -9,7 +9,6 @@ the config's test data set.
 from __future__ import annotations
 
 import argparse
-import pickle
 import sys
 import warnings
 from pathlib import Path
@@ -24,11 +23,11 @@ from mmdet.structures import DetDataSample
 from mmdet.utils import register_all_modules
 from mmdet.visualization import DetLocalVisualizer
 from mmengine.config import Config, DictAction
-from mmengine.fileio import load
 from mmengine.structures import InstanceData
 from pycocotools import mask as coco_mask
 from rich.progress import track
 
+from mmdet_ce.checkpoints import CheckpointFileError, read_predictions
 from mmdet_ce.preflight import find_problems
 
 matplotlib.use('Agg')
@@ -79,8 +78,8 @@ def draw_detections(
     found = {}
     for name, path in predictions.items():
         try:
-            found[name] = {prediction['img_id']: prediction['pred_instances'] for prediction in load(path)}
-        except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
+            found[name] = {one['img_id']: one['pred_instances'] for one in read_predictions(path)}
+        except KeyError as error:
             raise ValueError(f'{path} holds no predictions; expected what tools/test.py --out writes') from error
 
     visualizer = DetLocalVisualizer()
@@ -146,7 +145,7 @@ def main() -> None:
         sys.exit('\n'.join(f'error: {problem}' for problem in problems))
     try:
         draw_detections(cfg, dict(args.predictions), args.out, args.num_images, args.score_thr)
-    except ValueError as error:
+    except (CheckpointFileError, ValueError) as error:
         sys.exit(f'error: {error}')
     print(f'written: {args.out}')
 

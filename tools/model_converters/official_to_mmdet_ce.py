@@ -13,8 +13,8 @@ from pathlib import Path
 from torch import Tensor
 
 from mmdet_ce import CEResNet, __version__
-from mmdet_ce.checkpoint_io import CheckpointFileError, read_checkpoint, sha256, write_checkpoint
-from mmdet_ce.converters import convert_official_state_dict
+from mmdet_ce.checkpoints import CheckpointFileError, read_checkpoint, sha256, write_checkpoint
+from mmdet_ce.checkpoints.official import convert_official_state_dict
 
 
 def convert(source: Path, destination: Path, depth: int = 50) -> int:

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from mmdet_ce import __version__
-from mmdet_ce.checkpoint_io import CheckpointFileError, read_checkpoint, sha256, write_checkpoint
+from mmdet_ce.checkpoints import CheckpointFileError, read_checkpoint, sha256, write_checkpoint
 
 META = ('cfg', 'dataset_meta', 'epoch', 'iter', 'mmengine_version', 'mmdet_version')
 

@@ -5,14 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from .layers import ChannelEquilibrium
-
-if TYPE_CHECKING:
-    from .backbones.ce_backbone import CEBackbone
+from ..layers import ChannelEquilibrium
 
 # Of the backbone's plain tensors; some may differ with reason (the stem, in_channels, deformable convolutions).
 LEAST_LOADED = 2 / 3
@@ -25,7 +22,7 @@ class CheckpointMismatchError(ValueError):
     """A checkpoint of another network, or one under another prefix."""
 
 
-def summarize_load(backbone: CEBackbone, state_dict: Mapping[str, Tensor], prefix: str = '') -> str:
+def summarize_load(backbone: nn.Module, state_dict: Mapping[str, Tensor], prefix: str = '') -> str:
     """Say what loading ``state_dict`` brings into a CE backbone.
 
     Args:
@@ -42,7 +39,7 @@ def summarize_load(backbone: CEBackbone, state_dict: Mapping[str, Tensor], prefi
     """
     own = _tensors(backbone.state_dict(), '')
     given = _tensors(state_dict, prefix)
-    layers = dict(backbone.named_ce())
+    layers = {name: m for name, m in backbone.named_modules() if isinstance(m, ChannelEquilibrium)}
     prefixes = tuple(f'{name}.' for name in layers)
     ce = {key for key in own if key.startswith(prefixes)}
     plain = [key for key in own if key not in ce and PLAIN.match(key)]
@@ -91,11 +88,12 @@ def summarize_load(backbone: CEBackbone, state_dict: Mapping[str, Tensor], prefi
 
 
 def _tensors(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return the tensors under ``prefix``, without it; counters of batches aside."""
+    """Return the tensors under ``prefix`` that can be copied, without it; counters of batches aside."""
     return {
         str(key)[len(prefix) :]: t
         for key, t in state_dict.items()
         if isinstance(t, Tensor) and str(key).startswith(prefix) and not str(key).endswith('num_batches_tracked')
+        if t.layout == torch.strided and not t.is_meta and not t.is_quantized and not t.is_nested
     }
 
 

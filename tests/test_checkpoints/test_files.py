@@ -7,11 +7,19 @@ import resource
 import subprocess
 import sys
 
-import hostile
 import pytest
 import torch
+from mmengine.runner import CheckpointLoader
 
-from mmdet_ce.checkpoint_io import CheckpointFileError, find_damage, read_checkpoint, sha256, write_checkpoint
+from mmdet_ce.checkpoints import (
+    CheckpointFileError,
+    FolderInUseError,
+    load_local,
+    lock_folder,
+    read_checkpoint,
+    sha256,
+    write_checkpoint,
+)
 
 
 @pytest.mark.parametrize(
@@ -34,38 +42,55 @@ def test_unreadable_files(content, message, tmp_path):
         read_checkpoint(path)
 
 
-def test_hostile_files_are_refused_in_one_line(hostile_files):
-    paths, marker = hostile_files
-    for name, path in paths.items():
-        with pytest.raises(CheckpointFileError) as info:
-            pytest.fail(f'{name}: {read_checkpoint(path)}')
-        message = str(info.value)
-        assert str(path) in message and '\n' not in message and 'Re-running' not in message, (name, message)
-        assert not marker.exists(), name
-
-
-def test_a_deeply_nested_file_is_read(tmp_path):
-    """Neither an error nor a crash: the reader keeps no stack of its own."""
-    depth = 100_000
-    (tmp_path / 'a.pth').write_bytes(hostile.archive(b'\x80\x02' + b']' * depth + b'a' * (depth - 1) + b'.'))
-    assert isinstance(read_checkpoint(tmp_path / 'a.pth'), list)
-
-
-def test_find_damage(tmp_path):
+def test_damage_is_found(tmp_path):
     path = tmp_path / 'a.pth'
     torch.save({'w': torch.full((100,), 7.0), 'b': torch.full((50,), 7.0)}, path)
     data = path.read_bytes()
-    assert find_damage(path) is None
+    read_checkpoint(path)
     for length in (2, *range(50, len(data), 50), len(data) - 1):
         path.write_bytes(data[:length])
-        assert find_damage(path) == 'is incomplete: it starts as a checkpoint and does not end as one'
+        with pytest.raises(CheckpointFileError, match='is damaged or no checkpoint'):
+            read_checkpoint(path)
     value = torch.tensor(7.0).numpy().tobytes()
     for position in (data.index(value), data.rindex(value)):
         path.write_bytes(data[:position] + b'x' + data[position + 1 :])
-        assert 'is damaged: the checksum of a/data/' in find_damage(path)
-    torch.save({'w': torch.zeros(1)}, path, _use_new_zipfile_serialization=False)
-    assert find_damage(path) is None
-    assert find_damage(tmp_path) == 'cannot be read (Is a directory)'
+        with pytest.raises(CheckpointFileError, match='damaged'):
+            read_checkpoint(path)
+    with pytest.raises(CheckpointFileError, match='is no file'):
+        read_checkpoint(tmp_path)
+
+
+def test_one_training_in_a_folder(tmp_path):
+    """A second process is refused until the first has ended, however it ended."""
+    script = (
+        f'import time; from mmdet_ce.checkpoints import *; lock = lock_folder({str(tmp_path)!r}); print(1, flush=True)'
+    )
+    with subprocess.Popen([sys.executable, '-W', 'ignore', '-c', script + '; time.sleep(60)'], stdout=-1) as first:
+        first.stdout.readline()
+        with pytest.raises(FolderInUseError, match=f'another training writes to {tmp_path}; .*--work-dir'):
+            lock_folder(tmp_path)
+        first.kill()
+    lock_folder(tmp_path).close()
+
+
+def test_what_a_training_would_run_or_delete_is_left_out(tmp_path, caplog):
+    """mmengine parses meta.config as Python, and deletes the best checkpoint when a better one comes."""
+    path, marker = tmp_path / 'iter_3.pth', tmp_path / 'marker'
+    meta = dict(iter=3, epoch=1, config=f"x = __import__('os').system('touch {marker}')", mmdet_version='3.3.0')
+    info = dict(best_ckpt='/another/place/best_a.pth', best_score=0.5, keep_ckpt_ids=[1, 2], last_ckpt=str(path))
+    hub = dict(log_scalars={}, resumed_keys={}, runtime_info=info)
+    torch.save(dict(meta=meta, state_dict={}, message_hub=hub), path)
+    loaded = CheckpointLoader.load_checkpoint(str(path))
+    assert loaded['meta'] == dict(iter=3, epoch=1, mmdet_version='3.3.0')
+    assert loaded['message_hub']['runtime_info'] == dict(best_score=0.5, keep_ckpt_ids=[1, 2], last_ckpt=str(path))
+
+
+def test_tensors_go_to_the_device_that_is_asked_for(tmp_path):
+    torch.save({'state_dict': {'w': torch.zeros(2)}, 'meta': {}}, tmp_path / 'a.pth')
+    assert load_local(str(tmp_path / 'a.pth'), 'meta')['state_dict']['w'].is_meta
+    torch.save([1], tmp_path / 'a.pth')
+    with pytest.raises(CheckpointFileError, match='holds a list; expected a state dict'):
+        load_local(str(tmp_path / 'a.pth'))
 
 
 def test_round_trip_replaces_and_leaves_nothing_beside(tmp_path):
@@ -85,7 +110,7 @@ def test_full_disk_leaves_what_was_there(tmp_path):
     path = tmp_path / 'a.pth'
     write_checkpoint({'w': torch.tensor(1.0)}, path)
     script = (
-        'import sys, torch; from mmdet_ce.checkpoint_io import *\n'
+        'import sys, torch; from mmdet_ce.checkpoints import *\n'
         f'try: write_checkpoint(dict(w=torch.zeros(1 << 20)), {str(path)!r})\n'
         'except CheckpointFileError as error: sys.exit(str(error))'
     )
@@ -103,7 +128,7 @@ def test_a_kill_in_the_middle_leaves_what_was_there(tmp_path):
     path = tmp_path / 'a.pth'
     write_checkpoint({'w': torch.tensor(1.0)}, path)
     script = (
-        'import os, signal, torch; from mmdet_ce.checkpoint_io import *\n'
+        'import os, signal, torch; from mmdet_ce.checkpoints import *\n'
         'save = torch.save\n'
         'def half(checkpoint, file): save(checkpoint, file); file.flush(); os.kill(os.getpid(), signal.SIGKILL)\n'
         'torch.save = half\n'

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmdet_ce import CEResNet, ChannelEquilibrium
-from mmdet_ce.converters import BLOCK_NAMES, convert_official_state_dict
+from mmdet_ce.checkpoints.official import BLOCK_NAMES, convert_official_state_dict
 
 
 def released(depth: int = 18, base_channels: int = 16) -> dict:

@@ -8,7 +8,7 @@ from mmdet.registry import MODELS
 from mmengine.config import Config
 from torch import nn
 
-from .checkpoint_io import read_checkpoint, state_dict_of
+from . import read_checkpoint, state_dict_of
 
 
 def load_backbone(cfg: Config, path: str | Path) -> nn.Module:

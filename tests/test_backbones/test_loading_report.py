@@ -12,8 +12,8 @@ from mmengine.logging import MMLogger
 from mmengine.runner import load_checkpoint, load_state_dict
 
 from mmdet_ce import CEResNet
-from mmdet_ce.converters import BLOCK_NAMES
-from mmdet_ce.loading import CheckpointMismatchError, summarize_load
+from mmdet_ce.backbones.loading_report import CheckpointMismatchError, summarize_load
+from mmdet_ce.checkpoints.official import BLOCK_NAMES
 
 TINY = dict(base_channels=16)
 IDENTITY = dict(ce_cfg=dict(num_channels=16, identity_start=True))

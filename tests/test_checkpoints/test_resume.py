@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmdet_ce.checkpoint_io import CheckpointFileError
-from mmdet_ce.resume import prepare_resume
+from mmdet_ce.checkpoints import CheckpointFileError
+from mmdet_ce.checkpoints.resume import prepare_resume
 
 
 @pytest.fixture
 def run(tmp_path) -> Path:
     """A work directory with three checkpoints, the last one named."""
     for epoch in (1, 2, 3):
-        meta = dict(time=f'20250101_00000{epoch}', iter=10 * epoch, epoch=epoch)
+        meta = dict(time=f'20250101_00000{4 - epoch}', iter=10 * epoch, epoch=epoch, experiment_name='a')
         path = tmp_path / f'epoch_{epoch}.pth'
         torch.save(dict(meta=meta, state_dict=dict(w=torch.zeros(1000))), path)
         os.utime(path, (epoch, epoch))
@@ -53,7 +53,7 @@ def test_named_one_is_damaged(damage, run):
     damage(run / 'epoch_3.pth')
     note = prepare_resume(run)
     assert note.startswith(f'resuming from {run / "epoch_2.pth"}, the newest whole checkpoint') and '\n' not in note
-    assert 'epoch_3.pth is ' in note and named(run) == 'epoch_2.pth'
+    assert 'epoch_3.pth ' in note and named(run) == 'epoch_2.pth'
     assert prepare_resume(run) is None
 
 
@@ -69,18 +69,44 @@ def test_killed_before_the_newest_was_named(run):
     assert 'epoch_2.pth' in prepare_resume(run) and named(run) == 'epoch_3.pth'
 
 
-def test_checkpoints_of_an_older_training_and_a_name_set_by_hand(run):
-    """Whatever else lies there, a last_checkpoint newer than all checkpoints is right."""
-    name(run, run / 'epoch_1.pth')
-    assert prepare_resume(run) is None and named(run) == 'epoch_1.pth'
+def test_checkpoints_of_an_older_training(run):
+    """They may be further on, and of another start of a training: what was named goes on."""
+    other = torch.load(run / 'epoch_3.pth')
+    other['meta'] |= dict(iter=9000, epoch=9, experiment_name='b')
+    torch.save(other, run / 'epoch_9.pth')
+    assert prepare_resume(run) is None and named(run) == 'epoch_3.pth'
+    truncate(run / 'epoch_3.pth')
+    assert 'epoch_2.pth' in prepare_resume(run) and named(run) == 'epoch_2.pth', 'nor are they behind it'
+
+
+def test_a_clock_that_stepped_back(run):
+    """The time that a checkpoint names, and those of the files, decide nothing: see the fixture."""
+    os.utime(run / 'epoch_1.pth', (10**9, 10**9))
+    name(run, run / 'epoch_1.pth', time=0)
+    assert 'epoch_3.pth' in prepare_resume(run) and named(run) == 'epoch_3.pth'
+
+
+@pytest.mark.parametrize('text', ['x' * 5000, '/dev/null', '/', '\0', '../' * 2000])
+def test_a_name_that_is_none(run, text):
+    name(run, text)
+    assert 'epoch_3.pth' in prepare_resume(run) and named(run) == 'epoch_3.pth'
+
+
+@pytest.mark.parametrize('kind', ['pipe', 'folder', 'loop'])
+def test_a_last_checkpoint_that_is_no_file(run, kind):
+    last = run / 'last_checkpoint'
+    last.unlink()
+    {'pipe': os.mkfifo, 'folder': os.mkdir, 'loop': lambda path: path.symlink_to(path)}[kind](last)
+    with pytest.raises(CheckpointFileError, match='last_checkpoint is no file; expected a text file'):
+        prepare_resume(run)
 
 
 def test_moved_and_copied_folder(run, tmp_path):
-    """The times of copied files say nothing, those in the checkpoints do; the name is that of the old place."""
+    """The name is that of the old place."""
     name(run, '/another/place/epoch_3.pth')
     for epoch in (1, 2, 3):
         os.utime(run / f'epoch_{epoch}.pth', (10 - epoch, 10 - epoch))
-    assert 'epoch_3.pth is missing' in prepare_resume(run) and named(run) == 'epoch_3.pth'
+    assert 'epoch_3.pth not found' in prepare_resume(run) and named(run) == 'epoch_3.pth'
 
 
 def test_other_files_are_no_candidates(run):
@@ -96,11 +122,11 @@ def test_other_files_are_no_candidates(run):
 def test_no_whole_one(run):
     for path in run.glob('*.pth'):
         truncate(path)
-    with pytest.raises(CheckpointFileError, match=r'no whole checkpoint to resume from in .*epoch_1.pth is incomplete'):
+    with pytest.raises(CheckpointFileError, match=r'no whole checkpoint to resume from in .*epoch_1.pth is damaged'):
         prepare_resume(run)
     for path in run.glob('*.pth'):
         path.unlink()
-    with pytest.raises(CheckpointFileError, match='epoch_3.pth is missing'):
+    with pytest.raises(CheckpointFileError, match='epoch_3.pth not found'):
         prepare_resume(run)
     name(run, '')
     with pytest.raises(CheckpointFileError, match='last_checkpoint named none'):
@@ -125,4 +151,4 @@ def test_files_that_are_no_checkpoints_to_resume_from(run):
 
 def test_a_time_that_is_none(run):
     torch.save(dict(meta=dict(time=None, iter=40)), run / 'epoch_4.pth')
-    assert 'newest whole checkpoint' in prepare_resume(run)
+    assert prepare_resume(run) is None and named(run) == 'epoch_3.pth', 'of no known start of a training'

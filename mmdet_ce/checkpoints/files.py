@@ -1,0 +1,209 @@
+"""Read checkpoints as data, write them whole."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import logging
+import os
+import pickle
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, Optional, TextIO
+
+import torch
+from mmengine.logging import print_log
+from mmengine.runner import CheckpointLoader
+from torch import Tensor
+
+from .archive import read_archive, read_pickle
+from .schema import Tree, check_training
+
+MAX_SHARING = 4  # times the bytes of a file that its tensors may take: several may look at one storage
+
+
+class CheckpointFileError(Exception):
+    """A checkpoint that cannot be read or written; the message is for the user."""
+
+
+def read_checkpoint(path: str | Path) -> Any:
+    """Read a checkpoint as data: tensors, and what mmengine's checkpoints hold beside them.
+
+    Raises:
+        CheckpointFileError: If there is no such file, it is damaged, or holds more than data. Nothing in it was run.
+    """
+    return _read(path)[0]
+
+
+def read_predictions(path: str | Path) -> list[dict]:
+    """Read the predictions that MMDetection's ``tools/test.py --out`` writes, as data.
+
+    Raises:
+        CheckpointFileError: If the file cannot be read, or is something else. Nothing in it was run.
+    """
+    try:
+        with open(path, 'rb') as file:
+            predictions = Tree(MAX_SHARING * os.fstat(file.fileno()).st_size).check(read_pickle(file))
+    except (OSError, pickle.UnpicklingError) as error:
+        raise CheckpointFileError(
+            f'{path} holds no predictions ({error}); expected what tools/test.py --out writes'
+        ) from None
+    if type(predictions) is not list or any(type(one) is not dict for one in predictions):
+        raise CheckpointFileError(f'{path} holds no predictions; expected what tools/test.py --out writes')
+    return predictions
+
+
+def load_local(filename: str, map_location: Any = None) -> dict:
+    """Load a checkpoint for mmengine, which takes this function in place of torch.load for local files.
+
+    Args:
+        filename: The file.
+        map_location: A device to move the tensors to; tensors stay on the CPU for what is no device.
+
+    Raises:
+        CheckpointFileError: As ``read_checkpoint``, and if the file holds no dict.
+    """
+    path = Path(filename).expanduser()
+    checkpoint, notes = _read(path)
+    if not isinstance(checkpoint, dict):
+        raise CheckpointFileError(f'checkpoint {path} holds a {type(checkpoint).__name__}; expected a state dict')
+    for note in notes:
+        print_log(f'{path}: left out {note}', logger='current', level=logging.WARNING)
+    on_cpu = map_location is None or callable(map_location) or torch.device(map_location).type == 'cpu'
+    return checkpoint if on_cpu else _moved(checkpoint, torch.device(map_location))
+
+
+def register_loader() -> None:
+    """Let mmengine, and with it every tool of MMDetection, read local checkpoints as data; safe to call again."""
+    CheckpointLoader.register_scheme(prefixes='', loader=load_local, force=True)
+
+
+def _read(path: str | Path) -> tuple[Any, list[str]]:
+    """Return what a checkpoint holds, and what was left out of it."""
+    path = Path(path)
+    try:
+        if not path.exists():
+            raise CheckpointFileError(f'checkpoint {path} not found')
+        if not path.is_file():
+            raise CheckpointFileError(f'checkpoint {path} is no file')
+        size = path.stat().st_size
+        if not size:
+            raise CheckpointFileError(f'checkpoint {path} is empty; get it again')
+        with open(path, 'rb') as file:
+            checkpoint = Tree(MAX_SHARING * size).check(read_archive(file))
+        return checkpoint, check_training(checkpoint, path.absolute()) if isinstance(checkpoint, dict) else []
+    except pickle.UnpicklingError as error:
+        raise CheckpointFileError(
+            f'checkpoint {path} was refused, and nothing in it was run: it is damaged, or holds more than tensors and '
+            f'the training state of mmengine ({error})'
+        ) from None
+    except (OSError, MemoryError) as error:
+        raise CheckpointFileError(f'checkpoint {path} cannot be read: {getattr(error, "strerror", "")}') from None
+    except CheckpointFileError:
+        raise
+    except Exception as error:  # a damaged file raises nearly anything
+        reason = f'{type(error).__name__}: {str(error)[:80]}'.split('\n')[0]
+        raise CheckpointFileError(f'checkpoint {path} is damaged or no checkpoint ({reason}); get it again') from None
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if type(value) is dict:
+        return {key: _moved(item, device) for key, item in value.items()}
+    return type(value)(_moved(item, device) for item in value) if type(value) in (list, tuple) else value
+
+
+def state_dict_of(checkpoint: Any, path: str | Path) -> dict[str, Any]:
+    """Return the state dict in what was read from ``path``: under that name, or all of it.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    state_dict = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, dict) else None
+    if not isinstance(state_dict, dict):
+        raise ValueError(f'{path} holds no state dict; expected a checkpoint of a training, like epoch_12.pth')
+    return state_dict
+
+
+class FolderInUseError(RuntimeError):
+    """A work directory that another training writes to."""
+
+
+def lock_folder(folder: str | Path) -> Optional[TextIO]:
+    """Take a work directory for this process alone, until the returned file is closed or the process ends.
+
+    Returns:
+        The locked file; None where the system or the file system has no such locks.
+
+    Raises:
+        FolderInUseError: If another process has it.
+    """
+    path = Path(folder) / '.lock'
+    try:
+        import fcntl  # not on Windows
+
+        file = open(path, 'w')  # noqa: SIM115 - it stays open while the lock is held
+    except (ImportError, OSError):
+        return None
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not kept by data loader workers
+        return file
+    except OSError as error:
+        file.close()
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return None
+    raise FolderInUseError(
+        f'another training writes to {Path(folder).absolute()}; wait for it or stop it, or name another --work-dir'
+    )
+
+
+@contextlib.contextmanager
+def whole_file(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a file for writing that takes its place at ``path`` when it is complete, and never before.
+
+    It is written beside its place and moved there. What a kill leaves is a hidden file, ``.NAME.*.tmp``.
+    """
+    path = Path(path).resolve()  # a link stays a link
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(errno.EINVAL, 'a device, not a file', str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp', delete=False) as file:
+            temporary = Path(file.name)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # a temporary file is its owner's alone
+        os.replace(temporary, path)
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def write_checkpoint(checkpoint: Any, path: str | Path) -> None:
+    """Write a checkpoint whole or not at all.
+
+    Raises:
+        CheckpointFileError: If it could not be written; what was at ``path`` before is then untouched.
+    """
+    try:
+        with whole_file(path) as file:
+            torch.save(checkpoint, file)
+    except (OSError, RuntimeError, pickle.PicklingError) as error:  # torch reports a full disk as a RuntimeError
+        cause = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        raise CheckpointFileError(f'{path} could not be written ({cause}); nothing was left there') from error
+
+
+def sha256(path: str | Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,258 @@
+"""Read a pickle as data: closed lists of opcodes, of names, and of what can be made by a name.
+
+Python's and torch's unpicklers make objects: what a file names is called, and what that returns is changed as the file
+says. Here a name stands for nothing but itself. The few that mmengine's checkpoints call make tensors and arrays whose
+numbers are in the file, plain containers, or ``Token``, ``History`` and ``Array``, which have no behaviour.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Optional
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MAX_OPCODES = 1_000_000  # a training checkpoint of a ResNet-50 detector has 30,000
+STORAGES = {
+    'DoubleStorage': torch.float64, 'FloatStorage': torch.float32, 'HalfStorage': torch.float16,
+    'BFloat16Storage': torch.bfloat16, 'LongStorage': torch.int64, 'IntStorage': torch.int32,
+    'ShortStorage': torch.int16, 'CharStorage': torch.int8, 'ByteStorage': torch.uint8, 'BoolStorage': torch.bool,
+}  # fmt: skip
+NUMBERS = {code: np.dtype(code) for code in ('f4', 'f8', 'i4', 'i8', 'u1', 'b1')}
+HISTORY = 'mmengine.logging.history_buffer.HistoryBuffer'
+ONE_CYCLE = 'mmengine.optim.scheduler.param_scheduler.OneCycleParamScheduler'
+# a function of a class is pickled as getattr(class, name)
+FUNCTIONS = {HISTORY: ('min', 'max', 'current', 'mean'), ONE_CYCLE: ('_annealing_cos', '_annealing_linear')}
+
+
+@dataclass(frozen=True)
+class Token:
+    """A name in a file."""
+
+    name: str
+
+
+FUNCTION = Token('a function')
+
+
+class History:
+    """The saved state of a ``HistoryBuffer``."""
+
+    state: Optional[dict] = None
+
+
+class Array:
+    """A saved array: ``values`` is set once."""
+
+    values: Optional[np.ndarray] = None
+
+
+@dataclass(frozen=True)
+class Number:
+    """The type of the numbers in an array."""
+
+    dtype: np.dtype
+
+
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
+    """Return a strided tensor that fits into its storage."""
+    known = type(storage) is Tensor and type(size) is type(stride) is tuple and len(size) == len(stride)
+    if not known or any(type(n) is not int or n < 0 for n in (offset, *size, *stride)):
+        raise pickle.UnpicklingError('it asks for a tensor of an unknown kind')
+    numel = 1
+    for length in size:
+        numel *= length
+    last = offset + sum((length - 1) * step for length, step in zip(size, stride)) if numel else 0
+    if last >= max(len(storage), 1) or numel > len(storage):
+        raise pickle.UnpicklingError('it asks for a tensor that its storage does not hold')
+    return storage.as_strided(size, stride, offset) if numel else storage.new_empty(size)
+
+
+def _parameter(data: Any, *_: Any) -> Tensor:
+    if type(data) is not Tensor:
+        raise pickle.UnpicklingError('it asks for a parameter without a tensor')
+    return data
+
+
+def _ordered_dict(items: Any = ()) -> dict:
+    made: dict = {}
+    for key, value in items:
+        _set(made, key, value)
+    return made
+
+
+def _bytes(text: Any, encoding: Any) -> bytes:
+    if type(text) is not str or encoding != 'latin1':
+        raise pickle.UnpicklingError('it asks for bytes of an unknown kind')
+    return text.encode('latin1')
+
+
+def _empty_array(cls: Any, shape: Any, code: Any) -> Array:
+    if cls != Token('numpy.ndarray') or shape != (0,):
+        raise pickle.UnpicklingError('it asks for an array of an unknown kind')
+    return Array()
+
+
+def _number(code: Any, *_: Any) -> Number:
+    if type(code) is not str or code not in NUMBERS:
+        raise pickle.UnpicklingError('it asks for an array of something else than plain numbers')
+    return Number(NUMBERS[code])
+
+
+def _scalar(number: Any, data: Any) -> float:
+    return np.frombuffer(data, _dtype(number)).item()
+
+
+def _function(owner: Any, name: Any) -> Token:
+    if type(owner) is not Token or type(name) is not str or name not in FUNCTIONS.get(owner.name, ()):
+        raise pickle.UnpicklingError('it asks for an attribute of an object')
+    return FUNCTION
+
+
+def _dtype(number: Any) -> np.dtype:
+    if type(number) is not Number:
+        raise pickle.UnpicklingError('it asks for an array of something else than plain numbers')
+    return number.dtype
+
+
+# What a file may call. numpy renamed its core in version 2, and a checkpoint names it as the numpy that wrote it did;
+# protocol 2 names builtins as Python 2 did.
+MAKERS: dict[str, Callable] = {
+    'torch._utils._rebuild_tensor': _tensor,
+    'torch._utils._rebuild_tensor_v2': _tensor,
+    'torch._utils._rebuild_parameter': _parameter,
+    'collections.OrderedDict': _ordered_dict,
+    '_codecs.encode': _bytes,
+    'numpy.dtype': _number,
+    **{f'numpy.{core}.multiarray._reconstruct': _empty_array for core in ('core', '_core')},
+    **{f'numpy.{core}.multiarray.scalar': _scalar for core in ('core', '_core')},
+    **{f'{builtins}.getattr': _function for builtins in ('builtins', '__builtin__')},
+}
+# what it may name without calling it
+NAMES = {HISTORY, ONE_CYCLE, 'numpy.ndarray', *(f'{m}.{name}' for m in ('torch', 'torch.cuda') for name in STORAGES)}
+
+
+def _set(target: Any, key: Any, value: Any) -> None:
+    if type(target) is not dict or type(key) not in (str, int, float, bool, type(None)):
+        raise pickle.UnpicklingError(f'it sets an item of a {type(target).__name__} by a {type(key).__name__}')
+    target[key] = value
+
+
+class DataUnpickler(pickle._Unpickler):
+    """Python's own unpickler in Python, reduced to what protocol 2 needs for data.
+
+    Args:
+        file: The pickle.
+        storage: Returns the storage that a persistent id describes, as a tensor of one axis.
+        makers: What the file may call beside ``MAKERS``.
+    """
+
+    def __init__(self, file: BinaryIO, storage: Callable[[Any], Tensor], makers: Optional[dict] = None) -> None:
+        super().__init__(file, encoding='ascii')
+        self.storage, self.makers = storage, {**MAKERS, **(makers or {})}
+
+    def load(self) -> Any:
+        """Return what the pickle describes; nothing that it names was run.
+
+        Raises:
+            pickle.UnpicklingError: If it asks for more than data, or is damaged.
+        """
+        self._unframer = pickle._Unframer(self._file_read, self._file_readline)
+        self.read, self.readinto, self.readline = self._unframer.read, self._unframer.readinto, self._unframer.readline
+        self.metastack, self.stack, self.memo, self.proto = [], [], {}, 0
+        self.append = self.stack.append
+        try:
+            for _ in range(MAX_OPCODES):
+                HANDLERS[self.read(1)[0]](self)
+        except pickle._Stop as stop:
+            return stop.value
+        except pickle.UnpicklingError:
+            raise
+        except Exception as error:  # damage surfaces as nearly anything
+            raise pickle.UnpicklingError(
+                f'its pickle is damaged or of an unknown kind: {type(error).__name__}'
+            ) from None
+        raise pickle.UnpicklingError(f'its pickle has more than {MAX_OPCODES} steps')
+
+    def find_class(self, module: str, name: str) -> Token:
+        """Return the token of an admitted name."""
+        full = f'{module}.{name}'
+        if full not in self.makers and full not in NAMES:
+            raise pickle.UnpicklingError(f'it asks for {ascii(full[:60])[1:-1]}')
+        return Token(full)
+
+    def load_reduce(self) -> None:
+        """Make what an admitted name makes."""
+        args, name = self.stack.pop(), self.stack[-1]
+        if type(name) is not Token or type(args) is not tuple or name.name not in self.makers:
+            raise pickle.UnpicklingError('it calls something that no checkpoint calls')
+        self.stack[-1] = self.makers[name.name](*args)
+
+    def load_newobj(self) -> None:
+        """Make the one object of mmengine's that checkpoints hold."""
+        args, name = self.stack.pop(), self.stack[-1]
+        if name != Token(HISTORY) or args != ():
+            raise pickle.UnpicklingError('it makes an object of a class that no checkpoint holds')
+        self.stack[-1] = History()
+
+    def load_build(self) -> None:
+        """Give a holder its state, once. A dict's attributes, as torch's ``_metadata``, are left out."""
+        state, target = self.stack.pop(), self.stack[-1]
+        if type(target) is History and target.state is None and type(state) is dict:
+            target.state = state
+        elif type(target) is Array and target.values is None and type(state) is tuple and len(state) == 5:
+            _, shape, number, fortran, data = state
+            flat = np.frombuffer(data, _dtype(number))
+            target.values = flat.reshape(shape, order='F' if fortran else 'C').copy(order='K')
+        elif type(target) is Number and type(state) is tuple and state[1] in ('<', '|', '='):
+            pass  # the byte order, which is the one of this machine
+        elif type(target) is not dict:
+            raise pickle.UnpicklingError(f'it sets attributes of a {type(target).__name__}')
+
+    def load_append(self) -> None:
+        """Append to a list."""
+        self._extend([self.stack.pop()])
+
+    def load_appends(self) -> None:
+        """Append several items to a list."""
+        self._extend(self.pop_mark())
+
+    def _extend(self, items: list) -> None:
+        if type(self.stack[-1]) is not list:
+            raise pickle.UnpicklingError('it appends to something else than a list')
+        self.stack[-1].extend(items)
+
+    def load_setitem(self) -> None:
+        """Set an item of a dict."""
+        value, key = self.stack.pop(), self.stack.pop()
+        _set(self.stack[-1], key, value)
+
+    def load_setitems(self) -> None:
+        """Set several items of a dict."""
+        items = self.pop_mark()
+        for key, value in zip(items[::2], items[1::2]):
+            _set(self.stack[-1], key, value)
+
+    def load_binpersid(self) -> None:
+        """Append the storage of a persistent id."""
+        self.append(self.storage(self.stack.pop()))
+
+
+_OWN = {
+    pickle.REDUCE: 'reduce', pickle.NEWOBJ: 'newobj', pickle.BUILD: 'build', pickle.APPEND: 'append',
+    pickle.APPENDS: 'appends', pickle.SETITEM: 'setitem', pickle.SETITEMS: 'setitems', pickle.BINPERSID: 'binpersid',
+}  # fmt: skip
+_AS_PYTHON = (
+    pickle.PROTO, pickle.STOP, pickle.GLOBAL, pickle.MARK, pickle.EMPTY_DICT, pickle.EMPTY_LIST, pickle.EMPTY_TUPLE,
+    pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE,
+    pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.BINFLOAT, pickle.BINUNICODE,
+    pickle.SHORT_BINSTRING, pickle.BINGET, pickle.LONG_BINGET, pickle.BINPUT, pickle.LONG_BINPUT,
+)  # fmt: skip
+HANDLERS = {
+    **{opcode[0]: pickle._Unpickler.dispatch[opcode[0]] for opcode in _AS_PYTHON},
+    **{opcode[0]: getattr(DataUnpickler, f'load_{name}') for opcode, name in _OWN.items()},
+}

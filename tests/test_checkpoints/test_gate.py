@@ -1,0 +1,165 @@
+"""mmengine's checkpoints are read as data; anything else is refused and never runs."""
+
+from __future__ import annotations
+
+import contextlib
+import pickletools
+import time
+
+import hostile
+import numpy as np
+import pytest
+import torch
+from hostile import Calls
+from mmengine.logging import HistoryBuffer
+from mmengine.optim import OneCycleLR
+from mmengine.runner import CheckpointLoader
+
+from mmdet_ce.checkpoints import CheckpointFileError, load_local, read_checkpoint
+from mmdet_ce.checkpoints.unpickler import HANDLERS, MAKERS, NAMES
+
+
+def test_history_buffer_round_trip(tmp_path):
+    buffer = HistoryBuffer()
+    for value in (1.0, 2.0, 4.0):
+        buffer.update(value)
+    torch.save({'loss': buffer, 'iter': np.int64(3), 'lr': np.float64(0.5)}, tmp_path / 'a.pth')
+    loaded = read_checkpoint(tmp_path / 'a.pth')
+    assert type(loaded['loss']) is HistoryBuffer and loaded['loss'].mean() == pytest.approx(7 / 3)
+    assert loaded['loss'].statistics('max') == 4
+    assert loaded['iter'] == 3 and loaded['lr'] == 0.5
+
+
+@pytest.mark.parametrize('strategy', ['cos', 'linear'])
+def test_one_cycle_schedule_round_trip(strategy, tmp_path):
+    """The function that anneals stays the one that the config asked for."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    scheduler = OneCycleLR(optimizer, eta_max=1.0, total_steps=10, anneal_strategy=strategy)
+    anneal = scheduler.anneal_func
+    torch.save(scheduler.state_dict(), tmp_path / 'a.pth')
+    scheduler.load_state_dict(read_checkpoint(tmp_path / 'a.pth'))
+    assert scheduler.anneal_func is anneal
+    optimizer.step(), scheduler.step()
+
+
+@pytest.mark.parametrize(
+    'array',
+    [
+        np.arange(6.0).reshape(2, 3),
+        np.asfortranarray(np.arange(6).reshape(2, 3)),
+        np.array(3.0, dtype='f4'),
+        np.arange(10, dtype='i4')[::2] > 3,
+    ],
+)
+def test_array_round_trip(array, tmp_path):
+    torch.save({'array': array}, tmp_path / 'a.pth')
+    loaded = read_checkpoint(tmp_path / 'a.pth')['array']
+    assert type(loaded) is np.ndarray and loaded.dtype == array.dtype and np.array_equal(loaded, array)
+
+
+@pytest.mark.parametrize('new', [True, False], ids=['archive', 'before torch 1.6'])
+def test_tensors_round_trip(new, tmp_path):
+    """Of every admitted type, views and parameters among them, as torch.load reads them."""
+    base = torch.randn(6, 4)
+    dtypes = ('float64', 'float32', 'float16', 'bfloat16', 'int64', 'int32', 'int16', 'int8', 'uint8', 'bool')
+    content = {name: (10 * base).to(getattr(torch, name)) for name in dtypes}
+    content |= dict(view=base.t()[1:3], scalar=torch.tensor(3.0), empty=torch.zeros(0, 3), w=torch.nn.Parameter(base))
+    content['state_dict'] = torch.nn.BatchNorm2d(3).state_dict()
+    path = tmp_path / 'a.pth'
+    torch.save(content, path, _use_new_zipfile_serialization=new)
+    ours, theirs = read_checkpoint(path), torch.load(path)
+    assert [*ours] == [*theirs] and type(ours['state_dict']) is dict
+    for name, tensor in {**theirs, **theirs['state_dict']}.items():
+        if isinstance(tensor, torch.Tensor):
+            own = {**ours, **ours['state_dict']}[name]
+            assert own.dtype == tensor.dtype and torch.equal(own, tensor) and not own.requires_grad, name
+
+
+def test_the_gate_is_closed(tmp_path):
+    """Without any one of the names and opcodes it lets pass, some checkpoint would not load."""
+    names, opcodes = set(), set()
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    schedulers = [OneCycleLR(optimizer, 1.0, total_steps=9, anneal_strategy=kind) for kind in ('cos', 'linear')]
+    arrays = [np.zeros(1, dtype) for dtype in ('f4', 'f8', 'i4', 'i8', 'b1', 'u1')]
+    content = dict(
+        loss=HistoryBuffer([1.0], [1]), eta=np.float64(3), arrays=arrays, step=1 << 40, small=(1, 300, 70000)
+    )
+    content |= dict(schedulers=[scheduler.state_dict() for scheduler in schedulers], flags=(True, False, None, 0.5))
+    content |= dict(tuples=((), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4)), net=torch.nn.BatchNorm2d(3).state_dict())
+    content |= dict(long=[*range(300)], words={str(i): i for i in range(300)}, w=torch.nn.Parameter(torch.zeros(1)))
+    torch.save(content, tmp_path / 'a.pth')
+    for opcode, argument, _ in pickletools.genops(hostile.pickle_of(tmp_path / 'a.pth')):
+        opcodes.add(ord(opcode.code))
+        if opcode.name == 'GLOBAL':
+            names.add(argument.replace(' ', '.'))
+    read_checkpoint(tmp_path / 'a.pth')
+    assert names <= {*MAKERS, *NAMES} and opcodes <= {*HANDLERS}
+    other = {name for name in {*MAKERS, *NAMES} - names if 'Storage' not in name and 'numpy' not in name}
+    # of old files, and Python 3's name of a builtin
+    assert other == {'torch._utils._rebuild_tensor', 'builtins.getattr'}
+    assert {*HANDLERS} - opcodes <= {ord('U'), ord('j')}, 'Python 2 text, and the 257th shared object'
+
+
+def test_hostile_files_do_what_they_claim(tmp_path):
+    """Read without care, they run: what is refused below is not refused for being broken."""
+    marker, path = tmp_path / 'marker', tmp_path / 'a.pth'
+    files = hostile.live(marker)
+    assert len(files) >= 30
+    for name, content in files.items():
+        path.write_bytes(content)
+        with contextlib.suppress(Exception):
+            torch.load(path, weights_only=False)
+        assert marker.exists(), name
+        marker.unlink()
+
+
+def test_hostile_files_are_refused(hostile_files):
+    """By this project's tools and by mmengine's loader, which every tool of the framework uses, at once."""
+    paths, marker = hostile_files
+    functions = torch.Tensor.isnan, HistoryBuffer.current, dict(HistoryBuffer._statistics_methods)
+    for name, path in paths.items():
+        for load in (read_checkpoint, CheckpointLoader.load_checkpoint):
+            start = time.monotonic()
+            with pytest.raises(CheckpointFileError) as info:
+                pytest.fail(f'{name}: {load(str(path))}')
+            assert time.monotonic() - start < 2, name
+            message = str(info.value)
+            assert str(path) in message and '\n' not in message and len(message) < len(str(path)) + 300, (name, message)
+            assert not marker.exists(), name
+    assert functions == (torch.Tensor.isnan, HistoryBuffer.current, dict(HistoryBuffer._statistics_methods))
+
+
+def test_a_file_cannot_change_the_framework(tmp_path):
+    """mmengine's own loading lets a file replace functions of a class, and numpy's what a dtype means."""
+    mean = HistoryBuffer._statistics_methods['mean']
+    state = {**HistoryBuffer([1.0], [1]).__getstate__(), 'statistics_methods': {'mean': 1}}
+    (tmp_path / 'a.pth').write_bytes(hostile.archive(hostile.opcodes([HistoryBuffer], b')\x81', [state], b'b')))
+    with pytest.raises(CheckpointFileError, match='without its histories|none|damaged|holds a'):
+        pytest.fail(str(load_local(str(tmp_path / 'a.pth'))))
+    assert HistoryBuffer._statistics_methods['mean'] is mean
+    forged = (3, '<', None, ('a',), {'a': (np.dtype('f4'), 0)}, 8, 1, 1)
+    torch.save({'a': Calls(np.dtype, 'f8', False, True, state=forged)}, tmp_path / 'a.pth')
+    with pytest.raises(CheckpointFileError, match='holds a Number'):
+        read_checkpoint(tmp_path / 'a.pth')
+    assert np.dtype('f8').fields is None
+
+
+def test_two_archives_in_one_file(tmp_path):
+    """What is loaded is what was checked, wherever another reader would look."""
+    first, second = (
+        hostile.saved(None, pickle_protocol=2).replace(b'payload', word) for word in (b'PAYLOAD', b'payl0ad')
+    )
+    path = tmp_path / 'a.pth'
+    path.write_bytes(first + second)
+    with contextlib.suppress(CheckpointFileError):
+        assert 'PAYLOAD' not in read_checkpoint(path)
+    bad = bytearray(hostile.archive(hostile.opcodes([{'state_dict': {}}]), bytes(64)))
+    bad[bad.index(b'state_dict') + 1] ^= 1
+    path.write_bytes(bytes(bad))
+    with pytest.raises(CheckpointFileError, match='CRC'):
+        read_checkpoint(path)
+
+
+def test_torch_is_left_alone():
+    assert torch.load.__module__ == 'torch.serialization'
+    assert not torch.serialization.get_safe_globals()
