@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Optional
@@ -15,6 +15,7 @@ from mmengine.fileio import load
 
 from .backbones.loading_report import missing_weights_message
 from .checkpoints import CheckpointFileError, read_checkpoint
+from .checkpoints.resume import read_training
 
 CE_TYPES = ('CEMobileNetV2', 'CEResNeXt', 'CEResNet', 'CEResNetV1d', 'ChannelEquilibrium')
 CUSTOM_IMPORTS = "custom_imports = dict(imports=['mmdet_ce'], allow_failed_imports=False)"
@@ -55,10 +56,11 @@ def find_problems(cfg: Config, split: str, checkpoint: Optional[str] = None) -> 
                     'that is evaluated'
                 )
 
-    for path in filter(None, (checkpoint, cfg.get('load_from') if split == 'train' else None)):
-        if _is_missing(path):
+    read = read_training if split == 'train' else read_checkpoint
+    for path, read_path in ((checkpoint, read), (cfg.get('load_from') if split == 'train' else None, read_checkpoint)):
+        if path and _is_missing(path):
             problems.append(f'checkpoint {path} not found; expected a file that a training wrote, like epoch_12.pth')
-        elif problem := _file_problem(path):
+        elif path and (problem := _file_problem(path, read_path)):
             problems.append(problem)
     # The framework loads these before every training, a resumed one too, and never for a test.
     for d in dicts if split == 'train' else []:
@@ -84,12 +86,12 @@ def _is_missing(path: Any) -> bool:
     return isinstance(path, (str, Path)) and '://' not in str(path) and not Path(path).expanduser().exists()
 
 
-def _file_problem(path: Any) -> Optional[str]:
+def _file_problem(path: Any, read: Callable[[Path], Any] = read_checkpoint) -> Optional[str]:
     """Say what is wrong with a local file as a checkpoint; None for a remote one."""
     if '://' in str(path):
         return None
     try:
-        read_checkpoint(Path(path).expanduser())
+        read(Path(path).expanduser())
     except CheckpointFileError as error:
         return str(error)
     return None

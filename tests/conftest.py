@@ -63,7 +63,7 @@ def hostile_files(tmp_path_factory) -> tuple[dict[str, Path], Path]:
     """Checkpoints that are to be refused, by what they try, and the file that appears if one of them runs."""
     folder = tmp_path_factory.mktemp('hostile')
     marker, paths = folder / 'marker', {}
-    for index, (name, content) in enumerate({**hostile.live(marker), **hostile.forged()}.items()):
+    for index, (name, content) in enumerate({**hostile.live(marker), **hostile.forged(), **hostile.costly()}.items()):
         paths[name] = folder / f'{index}.pth'
         paths[name].write_bytes(content)
     return paths, marker

@@ -76,6 +76,12 @@ WRONG_PARTS = {
     'param_schedulers': 3,
     'message_hub': {'log_scalars': []},
     'message_hub ': {'log_scalars': {}, 'resumed_keys': {}, 'runtime_info': {'keep_ckpt_ids': ['../../a']}},
+    'ema_state_dict': {'a': 'text'},
+    'optimizer   ': {'state': {0: []}, 'param_groups': []},
+    'optimizer    ': {'state': {}, 'param_groups': [{'lr': 1.0}]},
+    'param_schedulers ': [{'step': 1}],
+    'param_schedulers  ': [{'optimizer': {}}],
+    'param_schedulers   ': {'generator': [{'_get_value': None}]},
 }
 
 
@@ -171,6 +177,41 @@ def live(marker: Path) -> dict[str, bytes]:
         'a bare pickle': pickled,
         'the format before torch 1.6': saved(system, _use_new_zipfile_serialization=False),
         'the tar of old': tar.getvalue(),
+    }
+
+
+def costly() -> dict[str, bytes]:
+    """Return small files that cost whoever does what they say, step by step, much time or memory."""
+
+    def array() -> Calls:
+        return Calls(_reconstruct, np.ndarray, (0,), b'b', state=(1, (len(data),), np.dtype('u1'), False, data))
+
+    def history() -> HistoryBuffer:
+        made = HistoryBuffer()
+        made._log_history = made._count_history = numbers
+        return made
+
+    def storage(index: int) -> bytes:
+        return b'(X\x07\0\0\0storagectorch\nFloatStorage\nX\x05\0\0\0%05dX\x03\0\0\0cpuK\0NtQ' % index
+
+    data, text, numbers = bytes(1 << 20), 'a' * (1 << 20), np.zeros(1 << 17)
+    pairs, sizes = [(i, i) for i in range(10_000)], (1,) * 10_000
+    rebuild = torch._utils._rebuild_tensor_v2, torch.zeros(1).storage(), 0, sizes, sizes, False, OrderedDict()
+    directory = io.BytesIO()
+    with zipfile.ZipFile(directory, 'w') as out:
+        out.writestr('archive/data.pkl', opcodes([{}]))
+        for index in range(100_000):
+            out.writestr(zipfile.ZipInfo(f'archive/data/{index}'), b'')
+    head = b''.join(opcodes([part]) for part in (0x1950A86A20F9469CFC6C, 1001, {}))
+    storages = b''.join(map(storage, range(60_000)))
+    return {
+        'one text encoded many times': saved([Calls(codecs.encode, text, 'latin1') for _ in range(10_000)]),
+        'one list made a dict many times': saved([Calls(OrderedDict, pairs) for _ in range(10_000)]),
+        'one size of many axes': saved([Calls(*rebuild) for _ in range(10_000)]),
+        'one array copied many times': saved([array() for _ in range(10_000)]),
+        'many histories of one array': saved([history() for _ in range(10_000)]),
+        'a large directory': directory.getvalue(),
+        'many storages before torch 1.6': head + b'\x80\x02](' + storages + b'e.' + opcodes([[]]),
     }
 
 

@@ -139,12 +139,13 @@ def test_missing_checkpoints(cfg):
 
 
 def test_truncated_checkpoints(cfg, tmp_path):
-    torch.save({'w': torch.zeros(1000)}, tmp_path / 'whole.pth')
+    meta = dict(epoch=1, iter=10)
+    torch.save({'state_dict': {'w': torch.zeros(1000)}, 'meta': meta}, tmp_path / 'whole.pth')
     data = (tmp_path / 'whole.pth').read_bytes()
     for name, content, what in (
         ('part.pth', data[: len(data) // 2], 'is incomplete'),
         ('empty.pth', b'', 'is empty'),
-        ('text.pth', b'epoch_12', 'is not a checkpoint'),
+        ('text.pth', b'epoch_12', 'is incomplete, damaged or no checkpoint'),
     ):
         (tmp_path / name).write_bytes(content)
         cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / name))

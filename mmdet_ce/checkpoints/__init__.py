@@ -3,25 +3,25 @@
 from .files import (
     CheckpointFileError,
     FolderInUseError,
-    load_local,
     lock_folder,
     read_checkpoint,
     read_predictions,
-    register_loader,
     sha256,
     state_dict_of,
     whole_file,
     write_checkpoint,
 )
+from .loader import load_from_http, load_from_local, register_loaders
 
 __all__ = [
     'CheckpointFileError',
     'FolderInUseError',
-    'load_local',
+    'load_from_http',
+    'load_from_local',
     'lock_folder',
     'read_checkpoint',
     'read_predictions',
-    'register_loader',
+    'register_loaders',
     'sha256',
     'state_dict_of',
     'whole_file',

@@ -17,6 +17,8 @@ from torch import Tensor
 from .unpickler import STORAGES, DataUnpickler, Token
 
 MAGIC = 0x1950A86A20F9469CFC6C  # of the format before torch 1.6
+MAX_DIRECTORY = 4 << 20  # bytes of an archive's directory, which takes ten times the memory; 500 tensors have 50 KB
+MAX_PREDICTION_OPCODES = 100_000_000  # COCO's 5000 validation images with masks take 8 million
 
 
 def read_archive(file: BinaryIO) -> Any:
@@ -30,13 +32,17 @@ def read_archive(file: BinaryIO) -> Any:
     file.seek(0)
     if not is_archive:
         return _read_legacy(file)
+    end = zipfile._EndRecData(file)
+    if end and end[zipfile._ECD_SIZE] > MAX_DIRECTORY:
+        raise pickle.UnpicklingError('it has more entries than any checkpoint')
     with zipfile.ZipFile(file) as archive:
         return _read_zip(archive, os.fstat(file.fileno()).st_size)
 
 
 def read_pickle(file: BinaryIO) -> Any:
     """Return what a bare pickle holds that may hold tensors, as MMDetection dumps predictions."""
-    return DataUnpickler(file, _no_storage, {'torch.storage._load_from_bytes': _nested}).load()
+    makers = {'torch.storage._load_from_bytes': _nested}
+    return DataUnpickler(file, _no_storage, makers, MAX_PREDICTION_OPCODES).load()
 
 
 def _read_zip(archive: zipfile.ZipFile, length: int) -> Any:
@@ -63,24 +69,29 @@ def _read_zip(archive: zipfile.ZipFile, length: int) -> Any:
 
 
 def _read_legacy(file: BinaryIO) -> Any:
-    length = file.seek(0, io.SEEK_END)
+    bytes_left = file.seek(0, io.SEEK_END)
     file.seek(0)
     storages: dict[str, Tensor] = {}
 
     def storage(pid: Any) -> Tensor:
+        nonlocal bytes_left
         dtype, key, numel = _described(pid, 6)
         if key not in storages:
-            wanted = numel * dtype.itemsize + sum(t.numel() * t.element_size() for t in storages.values())
-            if pid[5] is not None or wanted > length:
+            bytes_left -= numel * torch.empty(0, dtype=dtype).element_size()
+            if pid[5] is not None or bytes_left < 0:
                 raise pickle.UnpicklingError('it asks for a storage that it does not hold')
             storages[key] = torch.zeros(numel, dtype=dtype)
         return _expected(storages[key], dtype, numel)
 
-    if DataUnpickler(file, _no_storage).load() != MAGIC or DataUnpickler(file, _no_storage).load() != 1001:
-        raise pickle.UnpicklingError('it is no file of torch.save')
+    if file.read(1) != pickle.PROTO or file.seek(0) or DataUnpickler(file, _no_storage).load() != MAGIC:
+        raise ValueError('torch.save did not write it')
+    DataUnpickler(file, _no_storage).load()  # version of the format
     DataUnpickler(file, _no_storage).load()  # sizes of types on the machine that wrote it
     content = DataUnpickler(file, storage).load()
-    for key in DataUnpickler(file, _no_storage).load():
+    keys = DataUnpickler(file, _no_storage).load()
+    if type(keys) is not list or len(keys) != len(storages) or set(keys) != set(storages):
+        raise pickle.UnpicklingError('it holds other storages than its tensors ask for')
+    for key in keys:
         tensor, numel = storages[key], int.from_bytes(file.read(8), 'little')
         data = file.read(numel * tensor.element_size())
         if numel != len(tensor) or len(data) != numel * tensor.element_size():

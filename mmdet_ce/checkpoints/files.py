@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import logging
 import os
 import pickle
 import tempfile
@@ -14,13 +13,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, Optional, TextIO
 
 import torch
-from mmengine.logging import print_log
-from mmengine.runner import CheckpointLoader
-from torch import Tensor
 
 from .archive import read_archive, read_pickle
 from .schema import Tree, check_training
 
+MAX_PREDICTION_VALUES = 100_000_000
 MAX_SHARING = 4  # times the bytes of a file that its tensors may take: several may look at one storage
 
 
@@ -34,7 +31,7 @@ def read_checkpoint(path: str | Path) -> Any:
     Raises:
         CheckpointFileError: If there is no such file, it is damaged, or holds more than data. Nothing in it was run.
     """
-    return _read(path)[0]
+    return read_with_notes(path)[0]
 
 
 def read_predictions(path: str | Path) -> list[dict]:
@@ -45,7 +42,8 @@ def read_predictions(path: str | Path) -> list[dict]:
     """
     try:
         with open(path, 'rb') as file:
-            predictions = Tree(MAX_SHARING * os.fstat(file.fileno()).st_size).check(read_pickle(file))
+            size = os.fstat(file.fileno()).st_size
+            predictions = Tree(MAX_SHARING * size, MAX_PREDICTION_VALUES).check(read_pickle(file))
     except (OSError, pickle.UnpicklingError) as error:
         raise CheckpointFileError(
             f'{path} holds no predictions ({error}); expected what tools/test.py --out writes'
@@ -55,33 +53,8 @@ def read_predictions(path: str | Path) -> list[dict]:
     return predictions
 
 
-def load_local(filename: str, map_location: Any = None) -> dict:
-    """Load a checkpoint for mmengine, which takes this function in place of torch.load for local files.
-
-    Args:
-        filename: The file.
-        map_location: A device to move the tensors to; tensors stay on the CPU for what is no device.
-
-    Raises:
-        CheckpointFileError: As ``read_checkpoint``, and if the file holds no dict.
-    """
-    path = Path(filename).expanduser()
-    checkpoint, notes = _read(path)
-    if not isinstance(checkpoint, dict):
-        raise CheckpointFileError(f'checkpoint {path} holds a {type(checkpoint).__name__}; expected a state dict')
-    for note in notes:
-        print_log(f'{path}: left out {note}', logger='current', level=logging.WARNING)
-    on_cpu = map_location is None or callable(map_location) or torch.device(map_location).type == 'cpu'
-    return checkpoint if on_cpu else _moved(checkpoint, torch.device(map_location))
-
-
-def register_loader() -> None:
-    """Let mmengine, and with it every tool of MMDetection, read local checkpoints as data; safe to call again."""
-    CheckpointLoader.register_scheme(prefixes='', loader=load_local, force=True)
-
-
-def _read(path: str | Path) -> tuple[Any, list[str]]:
-    """Return what a checkpoint holds, and what was left out of it."""
+def read_with_notes(path: str | Path) -> tuple[Any, list[str]]:
+    """Return what ``read_checkpoint`` does, and a line for each part that was left out."""
     path = Path(path)
     try:
         if not path.exists():
@@ -105,15 +78,9 @@ def _read(path: str | Path) -> tuple[Any, list[str]]:
         raise
     except Exception as error:  # a damaged file raises nearly anything
         reason = f'{type(error).__name__}: {str(error)[:80]}'.split('\n')[0]
-        raise CheckpointFileError(f'checkpoint {path} is damaged or no checkpoint ({reason}); get it again') from None
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if type(value) is dict:
-        return {key: _moved(item, device) for key, item in value.items()}
-    return type(value)(_moved(item, device) for item in value) if type(value) in (list, tuple) else value
+        raise CheckpointFileError(
+            f'checkpoint {path} is incomplete, damaged or no checkpoint ({reason}); get it again'
+        ) from None
 
 
 def state_dict_of(checkpoint: Any, path: str | Path) -> dict[str, Any]:

@@ -61,6 +61,22 @@ def prepare_resume(work_dir: str | Path) -> Optional[str]:
     return f'resuming from {newest}, the newest whole checkpoint ({reasons})'
 
 
+def read_training(path: str | Path) -> dict:
+    """Read a checkpoint that a training can be resumed from.
+
+    Raises:
+        CheckpointFileError: As ``read_checkpoint``, and if the file does not say how far the training was.
+    """
+    checkpoint = read_checkpoint(path)
+    meta = checkpoint.get('meta') if isinstance(checkpoint, dict) else None
+    if any(type((meta or {}).get(key)) is not int for key in ('epoch', 'iter')) or 'state_dict' not in checkpoint:
+        raise CheckpointFileError(
+            f'{path} is not a checkpoint of a training (no meta.epoch, meta.iter or state_dict); expected one that '
+            'tools/train.py wrote, like epoch_12.pth; weights alone belong in load_from'
+        )
+    return checkpoint
+
+
 def _newest(named: Optional[Path], paths: list[Path], problems: list[str]) -> Optional[Path]:
     """Return the checkpoint to resume from; add to ``problems`` what is wrong with others."""
     start = _read(named, problems) if named else None
@@ -84,13 +100,11 @@ def _newest(named: Optional[Path], paths: list[Path], problems: list[str]) -> Op
 
 def _read(path: Path, problems: list[str]) -> Optional[Saved]:
     try:
-        meta = read_checkpoint(path)['meta']
-        return Saved(int(meta['iter']), path, str(meta.get('experiment_name')))
+        meta = read_training(path)['meta']
     except CheckpointFileError as error:
         problems.append(str(error))
-    except (AttributeError, KeyError, TypeError, ValueError):
-        problems.append(f'{path.name} is not a checkpoint of a training')
-    return None
+        return None
+    return Saved(meta['iter'], path, str(meta.get('experiment_name')))
 
 
 def _step(path: Path) -> tuple[Optional[str], int]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from mmengine.logging import HistoryBuffer
+from mmengine.optim.scheduler.param_scheduler import _ParamScheduler
 from torch import Tensor
 
 from .unpickler import FUNCTION, Array, History
@@ -30,10 +31,11 @@ class Tree:
 
     Args:
         max_bytes: The bytes that its tensors may take together.
+        max_values: How many values it may hold.
     """
 
-    def __init__(self, max_bytes: int) -> None:
-        self.bytes_left = max_bytes
+    def __init__(self, max_bytes: int, max_values: int = MAX_VALUES) -> None:
+        self.bytes_left, self.max_values = max_bytes, max_values
         self.done: dict[int, tuple[Any, int]] = {}  # what was made of an object, and the values in it
         self.open: set[int] = set()
 
@@ -55,8 +57,8 @@ class Tree:
         self.open.add(id(value))
         made, count = self._made(value, depth + 1)
         self.open.remove(id(value))
-        if count > MAX_VALUES:
-            raise pickle.UnpicklingError(f'it holds more than {MAX_VALUES} values')
+        if count > self.max_values:
+            raise pickle.UnpicklingError(f'it holds more than {self.max_values} values')
         self.done[id(value)] = made, count
         return made, count
 
@@ -68,9 +70,7 @@ class Tree:
             checked = [self._check(item, depth) for item in value]
             return type(value)(item for item, _ in checked), 1 + sum(count for _, count in checked)
         if type(value) is Tensor:
-            self.bytes_left -= value.numel() * value.element_size()
-            if self.bytes_left < 0:
-                raise pickle.UnpicklingError('its tensors take many times the bytes that it has')
+            self._charge(value.numel() * value.element_size())
             return value, 1
         if type(value) is Array and value.values is not None:
             return value.values, 1
@@ -81,8 +81,15 @@ class Tree:
                 raise pickle.UnpicklingError('it holds a HistoryBuffer without its histories')
             if type(state.get('max_length')) is not int:
                 raise pickle.UnpicklingError('it holds a HistoryBuffer without its length')
+            self._charge(sum(array.values.nbytes for array in arrays))
             return HistoryBuffer(*(array.values for array in arrays), state['max_length']), 1
         raise pickle.UnpicklingError(f'it holds a {type(value).__name__}')
+
+    def _charge(self, length: int) -> None:
+        """Count bytes, since several tensors may look at one storage, and who copies them needs memory for each."""
+        self.bytes_left -= length
+        if self.bytes_left < 0:
+            raise pickle.UnpicklingError('its tensors take many times the bytes that it has')
 
 
 def check_training(checkpoint: dict, path: Path) -> list[str]:
@@ -99,12 +106,8 @@ def check_training(checkpoint: dict, path: Path) -> list[str]:
         pickle.UnpicklingError: If a part is of another type than a training writes.
     """
     _expect(all(type(key) is str for key in checkpoint), 'it has names of another type than text')
-    state_dict = checkpoint.get('state_dict', {})
-    _expect(isinstance(state_dict, dict), 'its state_dict is no dict')
-    for key, tensor in state_dict.items():
-        _expect(type(key) is str, f'its state_dict has a name of type {type(key).__name__}')
-        is_tensor = type(tensor) is Tensor or key.endswith('_extra_state')
-        _expect(is_tensor, f'its state_dict holds a {type(tensor).__name__} among the tensors')
+    for part in ('state_dict', 'ema_state_dict'):
+        _check_state_dict(checkpoint.get(part, {}), part)
     meta = {} if checkpoint.get('meta') is None else checkpoint['meta']
     _expect(type(meta) is dict, 'its meta is no dict')
     for key in meta.keys() & TYPES.keys():
@@ -114,25 +117,44 @@ def check_training(checkpoint: dict, path: Path) -> list[str]:
         del meta[key]
     notes = [f'meta.{ascii(key)[1:41]}' for key in removed]
     if 'optimizer' in checkpoint:
-        check_optimizer(checkpoint['optimizer'])
-    schedulers = checkpoint.get('param_schedulers', [])
-    _expect(type(schedulers) in (list, dict), 'its param_schedulers are neither a list nor a dict')
+        _check_optimizer(checkpoint['optimizer'])
+    _check_schedulers(checkpoint.get('param_schedulers', []))
     if 'message_hub' in checkpoint:
         notes += _check_message_hub(checkpoint['message_hub'], path)
     return notes
 
 
-def check_optimizer(optimizer: Any) -> None:
+def _check_state_dict(state_dict: Any, part: str) -> None:
+    _expect(type(state_dict) is dict, f'its {part} is no dict')
+    for key, tensor in state_dict.items():
+        _expect(type(key) is str, f'its {part} has a name of type {type(key).__name__}')
+        is_tensor = type(tensor) is Tensor or key.endswith('_extra_state')
+        _expect(is_tensor, f'its {part} holds a {type(tensor).__name__} among the tensors')
+
+
+def _check_optimizer(optimizer: Any) -> None:
     """Check the outline of an optimizer's state, or of several by name."""
     _expect(type(optimizer) is dict, 'its optimizer is no dict')
     if 'param_groups' not in optimizer:
         for one in optimizer.values():
             _expect(type(one) is dict and 'param_groups' in one, 'its optimizer has no param_groups')
-            check_optimizer(one)
+            _check_optimizer(one)
         return
-    groups = optimizer['param_groups']
-    _expect(type(optimizer.get('state')) is dict, 'its optimizer has no state')
-    _expect(type(groups) is list and all(type(group) is dict for group in groups), 'its param_groups are no dicts')
+    groups, state = optimizer['param_groups'], optimizer.get('state')
+    _expect(type(state) is dict and all(type(one) is dict for one in state.values()), 'its optimizer has no state')
+    known = type(groups) is list and all(type(group) is dict and type(group.get('params')) is list for group in groups)
+    _expect(known, 'its optimizer has no param_groups with params')
+
+
+def _check_schedulers(schedulers: Any) -> None:
+    """Check the state of schedulers, which mmengine makes their attributes as it is."""
+    if type(schedulers) is dict:  # of several optimizers, by name
+        schedulers = [one for several in schedulers.values() for one in (several if type(several) is list else [None])]
+    _expect(type(schedulers) is list, 'its param_schedulers are neither a list nor a dict')
+    for one in schedulers:
+        _expect(type(one) is dict, 'its param_schedulers hold something else than states')
+        replaced = [key for key in one if hasattr(_ParamScheduler, str(key))]
+        _expect(not replaced and 'optimizer' not in one, 'its param_schedulers replace functions of the scheduler')
 
 
 def _check_message_hub(hub: Any, path: Path) -> list[str]:
@@ -141,8 +163,9 @@ def _check_message_hub(hub: Any, path: Path) -> list[str]:
     _expect(type(hub) is dict and all(type(hub.get(part)) is dict for part in parts), 'its message_hub is incomplete')
     info, notes = hub['runtime_info'], []
     for key in [key for key in info if str(key).startswith(('best_ckpt', 'last_ckpt'))]:
-        value = info[key]
-        own = type(value) is str and Path(value).suffix == '.pth' and Path(value).absolute().parent == path.parent
+        value, prefix = info[key], 'best_' if str(key).startswith('best_ckpt') else ''
+        own = type(value) is str and Path(value).absolute().parent == path.parent
+        own = own and Path(value).name.startswith(prefix) and Path(value).suffix == '.pth'
         if not own and value is not None:
             del info[key]
             notes.append(f'message_hub.runtime_info.{ascii(key)[1:41]}, a path outside its folder')

@@ -7,6 +7,7 @@ numbers are in the file, plain containers, or ``Token``, ``History`` and ``Array
 
 from __future__ import annotations
 
+import io
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor
 
 MAX_OPCODES = 1_000_000  # a training checkpoint of a ResNet-50 detector has 30,000
+MAX_AXES = 64
+MAX_COPIES = 4  # times the bytes of a pickle that the texts and arrays made of it may take
 STORAGES = {
     'DoubleStorage': torch.float64, 'FloatStorage': torch.float32, 'HalfStorage': torch.float16,
     'BFloat16Storage': torch.bfloat16, 'LongStorage': torch.int64, 'IntStorage': torch.int32,
@@ -60,7 +63,7 @@ class Number:
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
     """Return a strided tensor that fits into its storage."""
-    known = type(storage) is Tensor and type(size) is type(stride) is tuple and len(size) == len(stride)
+    known = type(storage) is Tensor and type(size) is type(stride) is tuple and len(size) == len(stride) <= MAX_AXES
     if not known or any(type(n) is not int or n < 0 for n in (offset, *size, *stride)):
         raise pickle.UnpicklingError('it asks for a tensor of an unknown kind')
     numel = 1
@@ -78,11 +81,8 @@ def _parameter(data: Any, *_: Any) -> Tensor:
     return data
 
 
-def _ordered_dict(items: Any = ()) -> dict:
-    made: dict = {}
-    for key, value in items:
-        _set(made, key, value)
-    return made
+def _ordered_dict() -> dict:
+    return {}
 
 
 def _bytes(text: Any, encoding: Any) -> bytes:
@@ -149,11 +149,21 @@ class DataUnpickler(pickle._Unpickler):
         file: The pickle.
         storage: Returns the storage that a persistent id describes, as a tensor of one axis.
         makers: What the file may call beside ``MAKERS``.
+        max_opcodes: How many steps the pickle may take.
     """
 
-    def __init__(self, file: BinaryIO, storage: Callable[[Any], Tensor], makers: Optional[dict] = None) -> None:
+    def __init__(
+        self,
+        file: BinaryIO,
+        storage: Callable[[Any], Tensor],
+        makers: Optional[dict] = None,
+        max_opcodes: int = MAX_OPCODES,
+    ) -> None:
         super().__init__(file, encoding='ascii')
-        self.storage, self.makers = storage, {**MAKERS, **(makers or {})}
+        self.storage, self.makers, self.max_opcodes = storage, {**MAKERS, **(makers or {})}, max_opcodes
+        start = file.tell()
+        self.bytes_left = MAX_COPIES * (file.seek(0, io.SEEK_END) - start)
+        file.seek(start)
 
     def load(self) -> Any:
         """Return what the pickle describes; nothing that it names was run.
@@ -166,8 +176,13 @@ class DataUnpickler(pickle._Unpickler):
         self.metastack, self.stack, self.memo, self.proto = [], [], {}, 0
         self.append = self.stack.append
         try:
-            for _ in range(MAX_OPCODES):
-                HANDLERS[self.read(1)[0]](self)
+            for _ in range(self.max_opcodes):
+                opcode = self.read(1)
+                if opcode and opcode[0] not in HANDLERS:
+                    raise pickle.UnpicklingError(
+                        f'its pickle has an instruction, {opcode!r}, that torch.save never writes'
+                    )
+                HANDLERS[opcode[0]](self)
         except pickle._Stop as stop:
             return stop.value
         except pickle.UnpicklingError:
@@ -176,7 +191,13 @@ class DataUnpickler(pickle._Unpickler):
             raise pickle.UnpicklingError(
                 f'its pickle is damaged or of an unknown kind: {type(error).__name__}'
             ) from None
-        raise pickle.UnpicklingError(f'its pickle has more than {MAX_OPCODES} steps')
+        raise pickle.UnpicklingError(f'its pickle has more than {self.max_opcodes} steps')
+
+    def _charge(self, length: int) -> None:
+        """Count bytes that are copied out of the pickle, which may ask for the same copy many times."""
+        self.bytes_left -= length
+        if self.bytes_left < 0:
+            raise pickle.UnpicklingError('it copies its bytes many times')
 
     def find_class(self, module: str, name: str) -> Token:
         """Return the token of an admitted name."""
@@ -190,6 +211,7 @@ class DataUnpickler(pickle._Unpickler):
         args, name = self.stack.pop(), self.stack[-1]
         if type(name) is not Token or type(args) is not tuple or name.name not in self.makers:
             raise pickle.UnpicklingError('it calls something that no checkpoint calls')
+        self._charge(sum(len(arg) for arg in args if type(arg) in (str, bytes)))
         self.stack[-1] = self.makers[name.name](*args)
 
     def load_newobj(self) -> None:
@@ -207,6 +229,7 @@ class DataUnpickler(pickle._Unpickler):
         elif type(target) is Array and target.values is None and type(state) is tuple and len(state) == 5:
             _, shape, number, fortran, data = state
             flat = np.frombuffer(data, _dtype(number))
+            self._charge(flat.nbytes)
             target.values = flat.reshape(shape, order='F' if fortran else 'C').copy(order='K')
         elif type(target) is Number and type(state) is tuple and state[1] in ('<', '|', '='):
             pass  # the byte order, which is the one of this machine

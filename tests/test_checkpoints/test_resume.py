@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmdet_ce.checkpoints import CheckpointFileError
-from mmdet_ce.checkpoints.resume import prepare_resume
+from mmdet_ce.checkpoints import CheckpointFileError, read_checkpoint
+from mmdet_ce.checkpoints.resume import prepare_resume, read_training
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_killed_before_the_newest_was_named(run):
 
 def test_checkpoints_of_an_older_training(run):
     """They may be further on, and of another start of a training: what was named goes on."""
-    other = torch.load(run / 'epoch_3.pth')
+    other = read_checkpoint(run / 'epoch_3.pth')
     other['meta'] |= dict(iter=9000, epoch=9, experiment_name='b')
     torch.save(other, run / 'epoch_9.pth')
     assert prepare_resume(run) is None and named(run) == 'epoch_3.pth'
@@ -110,7 +110,7 @@ def test_moved_and_copied_folder(run, tmp_path):
 
 
 def test_other_files_are_no_candidates(run):
-    other = torch.load(run / 'epoch_3.pth')
+    other = read_checkpoint(run / 'epoch_3.pth')
     other['meta']['time'] = '20990101_000000'
     for file in ('best_acc_epoch_3.pth', 'calibrated.pth', '.epoch_4.pth.abcdefgh.tmp'):
         torch.save(other, run / file)
@@ -122,7 +122,7 @@ def test_other_files_are_no_candidates(run):
 def test_no_whole_one(run):
     for path in run.glob('*.pth'):
         truncate(path)
-    with pytest.raises(CheckpointFileError, match=r'no whole checkpoint to resume from in .*epoch_1.pth is damaged'):
+    with pytest.raises(CheckpointFileError, match=r'no whole checkpoint to resume from in .*epoch_1.pth is incomplete'):
         prepare_resume(run)
     for path in run.glob('*.pth'):
         path.unlink()
@@ -152,3 +152,13 @@ def test_files_that_are_no_checkpoints_to_resume_from(run):
 def test_a_time_that_is_none(run):
     torch.save(dict(meta=dict(time=None, iter=40)), run / 'epoch_4.pth')
     assert prepare_resume(run) is None and named(run) == 'epoch_3.pth', 'of no known start of a training'
+
+
+@pytest.mark.parametrize('lost', ['meta', 'epoch', 'iter', 'state_dict'])
+def test_weights_alone_are_no_training(run, lost):
+    whole = read_checkpoint(run / 'epoch_3.pth')
+    for part in (whole, whole['meta']):
+        part.pop(lost, None)
+    torch.save(whole, run / 'weights.pth')
+    with pytest.raises(CheckpointFileError, match='weights.pth is not a checkpoint of a training .*load_from'):
+        read_training(run / 'weights.pth')

@@ -16,7 +16,7 @@ from mmengine.model import BaseModel
 from mmengine.runner import Runner
 
 from mmdet_ce import AtomicCheckpointHook
-from mmdet_ce.checkpoints import CheckpointFileError, FolderInUseError, lock_folder, read_checkpoint
+from mmdet_ce.checkpoints import CheckpointFileError, read_checkpoint
 
 ENOUGH = 1 << 17  # bytes: for logs, and not for a checkpoint
 
@@ -137,7 +137,7 @@ def test_kill_in_writing_with_one_checkpoint_kept(hook, tmp_path):
     run = runner(tmp_path, epochs=4, resume=True, max_keep_ckpts=1)
     run.train()
     assert names(tmp_path) == {'epoch_4.pth'}
-    assert torch.load(tmp_path / 'epoch_4.pth')['meta']['iter'] == 8
+    assert read_checkpoint(tmp_path / 'epoch_4.pth')['meta']['iter'] == 8
     assert not list(tmp_path.glob('.*.tmp')), 'what the kill left is removed'
 
 
@@ -162,7 +162,7 @@ def test_keeps_what_mmengine_keeps(tmp_path):
         assert published and names(folder) - {*published} == {
             'epoch_3.pth', 'epoch_4.pth', 'best_acc_epoch_3.pth', 'best_top_epoch_1.pth'
         }  # fmt: skip
-        hub = torch.load(folder / 'epoch_4.pth')['message_hub']['runtime_info']
+        hub = read_checkpoint(folder / 'epoch_4.pth')['message_hub']['runtime_info']
         assert Path(hub['last_ckpt']).name == 'epoch_4.pth'
         assert (folder / 'last_checkpoint').read_text() == str(folder / 'epoch_4.pth')
 

@@ -10,6 +10,7 @@ from mmengine.model import BaseModel
 from mmengine.runner import Runner
 
 from mmdet_ce import CECalibrationHook, CEResNet
+from mmdet_ce.checkpoints import read_checkpoint
 
 
 class Model(BaseModel):
@@ -65,7 +66,7 @@ def test_calibrates_and_training_keeps_it(tmp_path, sampler, last):
     final = statistics(run.model.state_dict())
     eye = torch.eye(final['backbone.ce1.bd.running_whitening'].shape[-1])
     assert not torch.allclose(final['backbone.ce1.bd.running_whitening'][0], eye)
-    saved = statistics(torch.load(tmp_path / last)['state_dict'])
+    saved = statistics(read_checkpoint(tmp_path / last)['state_dict'])
     assert all(torch.equal(value, saved[key]) for key, value in final.items())
 
     resumed = runner(tmp_path, num_epochs=2, sampler=sampler, custom_hooks=[hook], resume=True)

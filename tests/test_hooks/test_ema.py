@@ -7,6 +7,8 @@ import torch
 from mmengine.hooks import Hook
 from test_calibration_hook import Model, runner
 
+from mmdet_ce.checkpoints import read_checkpoint
+
 MOMENTUM = 0.25
 
 
@@ -35,7 +37,7 @@ def test_ema(tmp_path, update_buffers):
 
     parameters = {name for name, _ in Model().named_parameters()}
     first, second = record.states
-    saved = torch.load(tmp_path / 'epoch_1.pth')
+    saved = read_checkpoint(tmp_path / 'epoch_1.pth')
     assert saved['state_dict'].keys() == second.keys()
     for key, value in saved['state_dict'].items():
         if not value.is_floating_point():  # BatchNorm's count of batches: no average

@@ -19,6 +19,8 @@ from conftest import ROOT
 from hostile import Calls
 from make_shapes_dataset import make_dataset
 
+from mmdet_ce.checkpoints import read_checkpoint
+
 pytestmark = pytest.mark.slow
 
 DEMO = ROOT / 'configs' / 'demo' / 'mask-rcnn_r18-ce_fpn_8e_shapes.py'
@@ -77,7 +79,7 @@ def test_resume_continues(trained, folder):
     assert f'resuming from {trained / "epoch_1.pth"}, the newest whole checkpoint' in text
     assert 'epoch_2.pth is incomplete' in text and 'resumed epoch: 1, iter: 2' in text
     assert re.search(r'Epoch\(train\)\s+\[2\]\[2/2\]', text) or 'Saving checkpoint at 2 epochs' in text
-    first, second = (torch.load(trained / f'epoch_{n}.pth') for n in (1, 2))
+    first, second = (read_checkpoint(trained / f'epoch_{n}.pth') for n in (1, 2))
     key = 'backbone.layer1.0.ce.bd.running_whitening'
     assert not torch.equal(first['state_dict'][key], second['state_dict'][key])
 
@@ -92,7 +94,7 @@ def test_calibrate_changes_statistics_only(trained, folder):
     arguments = [DEMO, trained / 'epoch_1.pth', 'calibrated.pth', '--num-batches', 2]
     text = output(run(ROOT / 'tools' / 'calibrate.py', *arguments, options=SMALL, cwd=folder))
     assert 'calibrated.pth: CE statistics from 2 batches' in text
-    before, after = (torch.load(path) for path in (trained / 'epoch_1.pth', folder / 'calibrated.pth'))
+    before, after = (read_checkpoint(path) for path in (trained / 'epoch_1.pth', folder / 'calibrated.pth'))
     assert before.keys() == after.keys() and before['state_dict'].keys() == after['state_dict'].keys()
     changed = {key for key, t in before['state_dict'].items() if not torch.equal(t, after['state_dict'][key])}
     expected = {'bd.running_mean', 'bd.running_whitening', 'ir.running_scale'}
