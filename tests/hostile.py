@@ -196,6 +196,7 @@ def costly() -> dict[str, bytes]:
 
     data, text, numbers = bytes(1 << 20), 'a' * (1 << 20), np.zeros(1 << 17)
     pairs, sizes = [(i, i) for i in range(10_000)], (1,) * 10_000
+    counts = dict(pairs)
     rebuild = torch._utils._rebuild_tensor_v2, torch.zeros(1).storage(), 0, sizes, sizes, False, OrderedDict()
     directory = io.BytesIO()
     with zipfile.ZipFile(directory, 'w') as out:
@@ -207,6 +208,7 @@ def costly() -> dict[str, bytes]:
     return {
         'one text encoded many times': saved([Calls(codecs.encode, text, 'latin1') for _ in range(10_000)]),
         'one list made a dict many times': saved([Calls(OrderedDict, pairs) for _ in range(10_000)]),
+        'one dict counted many times': saved([Calls(Counter, counts) for _ in range(10_000)]),
         'one size of many axes': saved([Calls(*rebuild) for _ in range(10_000)]),
         'one array copied many times': saved([array() for _ in range(10_000)]),
         'many histories of one array': saved([history() for _ in range(10_000)]),
@@ -293,7 +295,9 @@ def forged() -> dict[str, bytes]:
         **{f'a {name} tensor': saved(tensor) for name, tensor in tensors.items()},
         # other containers and attributes
         'a set': saved({1, 2}),
-        'a counter': saved(Counter('aab')),
+        'a counter of text': saved(Counter('aab')),
+        'a counter that is filled twice': archive(opcodes([Counter([1]), 1, 2], b's')),
+        'a counter with attributes': archive(opcodes([Counter([1]), {'update': 1}], b'b')),
         'a device': saved(torch.device('cpu')),
         'a dtype': saved(torch.float32),
         'a class': saved(HistoryBuffer),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,8 @@ class Tree:
         if type(value) in (list, tuple):
             checked = [self._check(item, depth) for item in value]
             return type(value)(item for item, _ in checked), 1 + sum(count for _, count in checked)
+        if type(value) is Counter:  # of integers
+            return value, 1 + len(value)
         if type(value) is Tensor:
             self._charge(value.numel() * value.element_size())
             return value, 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Optional
@@ -19,7 +20,8 @@ from torch import Tensor
 
 MAX_OPCODES = 1_000_000  # a training checkpoint of a ResNet-50 detector has 30,000
 MAX_AXES = 64
-MAX_COPIES = 4  # times the bytes of a pickle that the texts and arrays made of it may take
+MAX_COPIES = 4  # times the bytes of a pickle that what is copied out of it may take
+COPIED = {str: 1, bytes: 1, dict: 100}  # bytes for each item
 STORAGES = {
     'DoubleStorage': torch.float64, 'FloatStorage': torch.float32, 'HalfStorage': torch.float16,
     'BFloat16Storage': torch.bfloat16, 'LongStorage': torch.int64, 'IntStorage': torch.int32,
@@ -85,6 +87,14 @@ def _ordered_dict() -> dict:
     return {}
 
 
+def _counter(counts: Any = None) -> Counter:
+    """Return the milestones of mmengine's MultiStepLR."""
+    counts = {} if counts is None else counts
+    if type(counts) is not dict or any(type(n) is not int for n in (*counts, *counts.values())):
+        raise pickle.UnpicklingError('it asks for a Counter of something else than integers')
+    return Counter(counts)
+
+
 def _bytes(text: Any, encoding: Any) -> bytes:
     if type(text) is not str or encoding != 'latin1':
         raise pickle.UnpicklingError('it asks for bytes of an unknown kind')
@@ -126,6 +136,7 @@ MAKERS: dict[str, Callable] = {
     'torch._utils._rebuild_tensor_v2': _tensor,
     'torch._utils._rebuild_parameter': _parameter,
     'collections.OrderedDict': _ordered_dict,
+    'collections.Counter': _counter,
     '_codecs.encode': _bytes,
     'numpy.dtype': _number,
     **{f'numpy.{core}.multiarray._reconstruct': _empty_array for core in ('core', '_core')},
@@ -211,7 +222,7 @@ class DataUnpickler(pickle._Unpickler):
         args, name = self.stack.pop(), self.stack[-1]
         if type(name) is not Token or type(args) is not tuple or name.name not in self.makers:
             raise pickle.UnpicklingError('it calls something that no checkpoint calls')
-        self._charge(sum(len(arg) for arg in args if type(arg) in (str, bytes)))
+        self._charge(sum(len(arg) * COPIED[type(arg)] for arg in args if type(arg) in COPIED))
         self.stack[-1] = self.makers[name.name](*args)
 
     def load_newobj(self) -> None:

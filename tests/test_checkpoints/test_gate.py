@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import pickletools
 import time
+from collections import Counter
 
 import hostile
 import numpy as np
@@ -86,7 +87,12 @@ def test_the_gate_is_closed(tmp_path):
     )
     content |= dict(schedulers=[scheduler.state_dict() for scheduler in schedulers], flags=(True, False, None, 0.5))
     content |= dict(tuples=((), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4)), net=torch.nn.BatchNorm2d(3).state_dict())
-    content |= dict(long=[*range(300)], words={str(i): i for i in range(300)}, w=torch.nn.Parameter(torch.zeros(1)))
+    content |= dict(
+        milestones=Counter([8, 11]),
+        long=[*range(300)],
+        words={str(i): i for i in range(300)},
+        w=torch.nn.Parameter(torch.zeros(1)),
+    )
     torch.save(content, tmp_path / 'a.pth')
     for opcode, argument, _ in pickletools.genops(hostile.pickle_of(tmp_path / 'a.pth')):
         opcodes.add(ord(opcode.code))
