@@ -4,5 +4,5 @@ default_hooks = dict(checkpoint=dict(type='AtomicCheckpointHook'))
 # Weights: the plain ResNeXt-101 of mmdet's config. CE starts as the identity and grows in, on the batch's statistics
 # beside frozen norms; so no stage is frozen, which would keep its CE untouched.
 model = dict(
-    backbone=dict(
-        type='CEResNeXt', ce_cfg=dict(num_channels=16, identity_start=True), ce_eval=False, frozen_stages=-1))
+    backbone=dict(type='CEResNeXt', ce_cfg=dict(num_channels=16, identity_start=True), ce_eval=False, frozen_stages=-1)
+)

@@ -7,5 +7,7 @@ model = dict(
         _delete_=True,
         type='CEMobileNetV2',
         ce_cfg=dict(num_channels=16, identity_start=True),
-        init_cfg=dict(type='Pretrained', checkpoint='open-mmlab://mmdet/mobilenet_v2')),
-    neck=dict(in_channels=[24, 32, 96, 1280]))
+        init_cfg=dict(type='Pretrained', checkpoint='open-mmlab://mmdet/mobilenet_v2'),
+    ),
+    neck=dict(in_channels=[24, 32, 96, 1280]),
+)

@@ -3,5 +3,5 @@ custom_imports = dict(imports=['mmdet_ce'], allow_failed_imports=False)
 default_hooks = dict(checkpoint=dict(type='AtomicCheckpointHook'))
 # Weights: the authors' ImageNet CE-ResNet-50, converted (README, "Weights"). Its statistics are frozen with the norms.
 model = dict(
-    backbone=dict(
-        type='CEResNet', init_cfg=dict(type='Pretrained', checkpoint='checkpoints/ce-resnet50_imagenet.pth')))
+    backbone=dict(type='CEResNet', init_cfg=dict(type='Pretrained', checkpoint='checkpoints/ce-resnet50_imagenet.pth'))
+)

@@ -2,8 +2,10 @@
 _base_ = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'
 custom_imports = dict(imports=['mmdet_ce'], allow_failed_imports=False)
 
-metainfo = dict(classes=('disc', 'square', 'triangle', 'star'),
-                palette=[(220, 60, 60), (60, 120, 230), (60, 180, 90), (240, 170, 40)])
+metainfo = dict(
+    classes=('disc', 'square', 'triangle', 'star'),
+    palette=[(220, 60, 60), (60, 120, 230), (60, 180, 90), (240, 170, 40)],
+)
 num_classes = 4
 model = dict(
     data_preprocessor=dict(pad_size_divisor=32),
@@ -14,11 +16,11 @@ model = dict(
         bbox_roi_extractor=dict(out_channels=64),
         bbox_head=dict(in_channels=64, fc_out_channels=256, num_classes=num_classes),
         mask_roi_extractor=dict(out_channels=64),
-        mask_head=dict(in_channels=64, conv_out_channels=64, num_classes=num_classes)),
-    train_cfg=dict(
-        rpn_proposal=dict(nms_pre=500, max_per_img=200),
-        rcnn=dict(sampler=dict(num=64))),
-    test_cfg=dict(rpn=dict(nms_pre=500, max_per_img=200)))
+        mask_head=dict(in_channels=64, conv_out_channels=64, num_classes=num_classes),
+    ),
+    train_cfg=dict(rpn_proposal=dict(nms_pre=500, max_per_img=200), rcnn=dict(sampler=dict(num=64))),
+    test_cfg=dict(rpn=dict(nms_pre=500, max_per_img=200)),
+)
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),
@@ -40,7 +42,9 @@ train_dataloader = dict(
         metainfo=metainfo,
         ann_file='annotations/instances_train.json',
         data_prefix=dict(img='train/'),
-        pipeline=train_pipeline))
+        pipeline=train_pipeline,
+    ),
+)
 val_dataloader = dict(
     batch_size=8,
     dataset=dict(
@@ -48,7 +52,9 @@ val_dataloader = dict(
         metainfo=metainfo,
         ann_file='annotations/instances_val.json',
         data_prefix=dict(img='val/'),
-        pipeline=test_pipeline))
+        pipeline=test_pipeline,
+    ),
+)
 test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + 'annotations/instances_val.json')
 test_evaluator = val_evaluator
@@ -60,6 +66,6 @@ param_scheduler = [
     dict(type='CosineAnnealingLR', by_epoch=True, end=max_epochs, T_max=max_epochs, convert_to_iter_based=True),
 ]
 optim_wrapper = dict(
-    optimizer=dict(_delete_=True, type='AdamW', lr=1e-3, weight_decay=0.05),
-    clip_grad=dict(max_norm=10))
+    optimizer=dict(_delete_=True, type='AdamW', lr=1e-3, weight_decay=0.05), clip_grad=dict(max_norm=10)
+)
 default_hooks = dict(logger=dict(interval=10), checkpoint=dict(type='AtomicCheckpointHook', max_keep_ckpts=2))
