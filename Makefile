@@ -28,6 +28,7 @@ gpu: setup
 
 lint: setup
 	@.venv/bin/ruff check --quiet .
+	@.venv/bin/ruff format --check --quiet .
 
 clean:
 	rm -rf .venv data work_dirs
