@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -38,7 +39,7 @@ def find_problems(cfg: Config, split: str, checkpoint: Optional[str] = None) -> 
     problems = []
     dicts = list(_dicts(cfg.get('model', {})))
     imports = (cfg.get('custom_imports') or {}).get('imports')
-    used = sorted({name for name in (str(d.get('type')).removeprefix('mmdet.') for d in dicts) if name in CE_TYPES})
+    used = sorted({name for name in (re.sub(r'^mmdet\.', '', str(d.get('type'))) for d in dicts) if name in CE_TYPES})
     if used and not imports:  # a module of the user's own may import mmdet_ce
         problems.append(
             f'the config uses {" and ".join(used)} but does not import mmdet_ce; add this line: {CUSTOM_IMPORTS}'

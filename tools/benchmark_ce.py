@@ -74,7 +74,7 @@ def bytes_saved(model: nn.Module, x: Tensor) -> int:
     return total
 
 
-@functools.cache
+@functools.lru_cache(maxsize=None)
 def output_gradient(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the gradient that a step starts from; made once, since a loss would cost every candidate the same."""
     return torch.randn(shape, device=device).to(dtype)
@@ -183,8 +183,8 @@ def benchmark_backbone(args: argparse.Namespace, mode: str) -> list[dict[str, An
     if mode == 'norm_eval':
         models['CE, ce_eval=False'] = CEResNet(depth=args.depth, ce_eval=False, **options)
         models['CE, ce_eval=False'].load_state_dict(ce.state_dict())
-    models |= {f'{name}, released form': with_released_form(model) for name, model in [*models.items()][1:]}
-    models |= rivals(args.depth, **options) if args.rivals else {}
+    models.update({f'{name}, released form': with_released_form(model) for name, model in [*models.items()][1:]})
+    models.update(rivals(args.depth, **options) if args.rivals else {})
     models = {name: model.to(args.device, memory_format=args.memory_format) for name, model in models.items()}
     name = f'ResNet-{args.depth} {"x".join(map(str, size))}'
     rows = measure(f'{name}, {mode}, train step', models, x, args, training=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -78,7 +79,7 @@ def report(results: dict[str, list[dict[str, float]]], seeds: list[int], out_dir
     table = Table(title=f'COCO mAP, mean ± standard deviation of seeds {", ".join(map(str, seeds))}')
     table.add_column('')
     for metric in metrics:
-        table.add_column(metric.removeprefix('coco/'), justify='right')
+        table.add_column(re.sub('^coco/', '', metric), justify='right')
         table.add_column('each seed', justify='right')
     for name, runs in results.items():
         cells = []
@@ -111,7 +112,7 @@ def draw(results: dict[str, list[dict[str, float]]], metrics: list[str], path: P
                 continue
             axis.plot(values, [row] * len(values), 'o', color='tab:blue', alpha=0.6, markeredgewidth=0)
             axis.plot([statistics.mean(values)] * 2, [row - 0.3, row + 0.3], color='0.2', linewidth=2)
-        axis.set_xlabel(metric.removeprefix('coco/'))
+        axis.set_xlabel(re.sub('^coco/', '', metric))
         axis.set_yticks(range(len(results)), list(results))
         axis.grid(axis='x', alpha=0.3)
         axis.spines[['top', 'right']].set_visible(False)

@@ -89,7 +89,7 @@ def run(name: str) -> None:
         framework = framework_of(sys.argv[1:])
         tool = runpy.run_path(str(find_tool(name, framework)), run_name=f'{framework}_{name}')
         args = tool['parse_args']()
-        problems = check(args, name.removesuffix('.py'))
+        problems = check(args, Path(name).stem)
         if problems:
             sys.exit('\n'.join(f'error: {problem}' for problem in problems))
         tool['main']()

@@ -8,17 +8,16 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Callable, Optional
 
-import torch
 from mmdet.registry import MODELS
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
+from .. import compat
 from ..layers import ChannelEquilibrium
-from ..ops.precision import is_tracing
+from ..ops.precision import in_backward_pass, is_tracing
 from .loading_report import missing_weights_message, summarize_load
 
 
@@ -90,7 +89,7 @@ def _has_hooks(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or 'forward' in vars(module)  # replaced on the instance
-        or _has_any_global_hook()
+        or compat.has_global_hooks()
     )
 
 
@@ -103,9 +102,14 @@ def run_block(block: BaseModule, inner_forward: Callable[[Tensor], Tensor], x: T
     """Run a block's inner forward, under activation checkpointing if the block asks for it."""
     if not is_checkpointed(block, x):
         return inner_forward(x)
-    if torch.compiler.is_compiling():  # what is recomputed there updates nothing
+    if compat.is_compiling():  # what is recomputed there updates nothing
         return checkpoint(inner_forward, x, use_reentrant=False)
-    return checkpoint(inner_forward, x, use_reentrant=False, context_fn=lambda: (nullcontext(), norms_at_rest(block)))
+
+    def forward(x: Tensor) -> Tensor:
+        with norms_at_rest(block) if in_backward_pass() else nullcontext():
+            return inner_forward(x)
+
+    return checkpoint(forward, x, use_reentrant=False)
 
 
 @contextmanager
@@ -169,7 +173,7 @@ class CEBackbone(BaseModule):
 
     def check_statistics(self) -> None:
         """Warn, once for each layer, if a CE is evaluated with statistics that no data ever updated."""
-        if self._statistics_checked or torch.compiler.is_compiling():
+        if self._statistics_checked or compat.is_compiling():
             return
         self._statistics_checked = True
         unset = [

@@ -40,7 +40,7 @@ def convert_official_state_dict(state_dict: Mapping) -> dict[str, Tensor]:
     """
     if isinstance(state_dict.get('state_dict'), Mapping):
         state_dict = state_dict['state_dict']
-    named = {str(key).removeprefix('module.'): tensor for key, tensor in state_dict.items()}
+    named = {re.sub(r'^module\.', '', str(key)): tensor for key, tensor in state_dict.items()}
     if 'x_weight' in named:
         return _convert_block(named, '')
 

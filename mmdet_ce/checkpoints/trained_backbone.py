@@ -22,7 +22,7 @@ def load_backbone(cfg: Config, path: str | Path) -> nn.Module:
         raise ValueError(f'the model of {cfg.filename} has no backbone')
     state_dict = state_dict_of(read_checkpoint(path), path)
     prefix = 'backbone.'
-    own = {key.removeprefix(prefix): t for key, t in state_dict.items() if key.startswith(prefix)} or state_dict
+    own = {key[len(prefix) :]: t for key, t in state_dict.items() if key.startswith(prefix)} or state_dict
     backbone = MODELS.build({**cfg.model.backbone, 'init_cfg': None})  # the checkpoint brings the weights
     shapes, given = ({key: getattr(t, 'shape', None) for key, t in d.items()} for d in (backbone.state_dict(), own))
     misfits = [key for key in {**shapes, **given} if shapes.get(key) != given.get(key)]

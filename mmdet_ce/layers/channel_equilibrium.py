@@ -14,6 +14,7 @@ from mmdet.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .. import compat
 from ..ops import EvalNorm, channel_equilibrium
 from ..ops.gate import LAYER_NORM_EPS, GateParameters, gate
 from ..ops.precision import in_backward_pass
@@ -179,7 +180,7 @@ class ChannelEquilibrium(nn.Module):
             process_group=self._process_group(),
         )
         # Activation checkpointing runs the forward pass again inside the backward pass: that one must not count.
-        if self.training and (torch.compiler.is_compiling() or not in_backward_pass()):
+        if self.training and (compat.is_compiling() or not in_backward_pass()):
             self._update(mean, whitening, scale)
         return out
 

@@ -16,6 +16,7 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor
 
+from .. import compat
 from . import coefficients, maps, precision
 
 VARIABLE = 'MMDET_CE_KERNELS'
@@ -56,7 +57,7 @@ def choose(x: Tensor, group_size: int, num_iterations: int, one_process: bool) -
         or num_iterations > precision.MAX_FLOAT32_ITERATIONS
         or x.numel() >= 2**31 * x.shape[0]
         or precision.is_tracing()
-        or torch.compiler.is_compiling()  # the kernels were not run under torch.compile, which fuses the torch form
+        or compat.is_compiling()  # the kernels were not run under torch.compile, which fuses the torch form
         or not _triton_on(x.device)
     ):
         return TORCH
@@ -65,7 +66,7 @@ def choose(x: Tensor, group_size: int, num_iterations: int, one_process: bool) -
     return Forms(triton_maps, triton_coefficients if one_process else coefficients)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=None)
 def _triton_on(device: torch.device) -> bool:
     """Decide for a device, once, and say so."""
     choice = os.environ.get(VARIABLE, 'auto')

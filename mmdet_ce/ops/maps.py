@@ -171,7 +171,7 @@ def _sum_of_products(left: Tensor, right: Tensor) -> Tensor:
     return torch.bmm(left, right.mT)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=None)
 def _bmm_sums_in_float32() -> bool:
     """Return whether torch multiplies 16-bit matrices into float32 ones on CUDA."""
     matrix = torch.ones(1, 8, 8, dtype=torch.bfloat16, device='cuda')

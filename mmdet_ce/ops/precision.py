@@ -7,16 +7,15 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from .. import compat
+
 MAX_FLOAT32_ITERATIONS = 8
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager:
     """Return a context in which operations on ``x`` keep their dtype."""
     device = x.device.type
-    # torch.compile in torch 2.11 cannot trace the question whether a device type has an autocast
-    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
-    enabled = available and torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if enabled else nullcontext()
+    return torch.autocast(device, enabled=False) if compat.is_autocast_enabled(device) else nullcontext()
 
 
 def is_exporting() -> bool:
@@ -24,7 +23,7 @@ def is_exporting() -> bool:
 
     Some versions of torch.compiler.is_exporting are true for both, and torch 2.6 has none.
     """
-    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+    return compat.is_compiling() and not compat.is_dynamo_compiling()
 
 
 def is_tracing() -> bool:
@@ -60,7 +59,7 @@ def small_dtype(x: Tensor, double: bool) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float64 if double or (x.is_cuda and _tf32_allowed()) else torch.float32)
 
 
-@torch.compiler.assume_constant_result  # torch 2.11 cannot trace a look at the switch
+@compat.assume_constant_result  # torch 2.11 cannot trace a look at the switch
 def _tf32_allowed() -> bool:
     matmul = torch.backends.cuda.matmul
     if hasattr(matmul, 'fp32_precision'):  # torch 2.9 and later, where reading the old switch can raise

@@ -188,7 +188,7 @@ def _align(length: int) -> int:
     return min(length & -length, 16)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=None)
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == 'cuda' else 1
 

@@ -64,7 +64,7 @@ def test_tensors_round_trip(new, tmp_path):
     base = torch.randn(6, 4)
     dtypes = ('float64', 'float32', 'float16', 'bfloat16', 'int64', 'int32', 'int16', 'int8', 'uint8', 'bool')
     content = {name: (10 * base).to(getattr(torch, name)) for name in dtypes}
-    content |= dict(view=base.t()[1:3], scalar=torch.tensor(3.0), empty=torch.zeros(0, 3), w=torch.nn.Parameter(base))
+    content.update(view=base.t()[1:3], scalar=torch.tensor(3.0), empty=torch.zeros(0, 3), w=torch.nn.Parameter(base))
     content['state_dict'] = torch.nn.BatchNorm2d(3).state_dict()
     path = tmp_path / 'a.pth'
     torch.save(content, path, _use_new_zipfile_serialization=new)
@@ -85,9 +85,9 @@ def test_the_gate_is_closed(tmp_path):
     content = dict(
         loss=HistoryBuffer([1.0], [1]), eta=np.float64(3), arrays=arrays, step=1 << 40, small=(1, 300, 70000)
     )
-    content |= dict(schedulers=[scheduler.state_dict() for scheduler in schedulers], flags=(True, False, None, 0.5))
-    content |= dict(tuples=((), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4)), net=torch.nn.BatchNorm2d(3).state_dict())
-    content |= dict(
+    content.update(schedulers=[scheduler.state_dict() for scheduler in schedulers], flags=(True, False, None, 0.5))
+    content.update(tuples=((), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4)), net=torch.nn.BatchNorm2d(3).state_dict())
+    content.update(
         milestones=Counter([8, 11]),
         long=[*range(300)],
         words={str(i): i for i in range(300)},

@@ -72,7 +72,7 @@ def test_killed_before_the_newest_was_named(run):
 def test_checkpoints_of_an_older_training(run):
     """They may be further on, and of another start of a training: what was named goes on."""
     other = read_checkpoint(run / 'epoch_3.pth')
-    other['meta'] |= dict(iter=9000, epoch=9, experiment_name='b')
+    other['meta'].update(iter=9000, epoch=9, experiment_name='b')
     torch.save(other, run / 'epoch_9.pth')
     assert prepare_resume(run) is None and named(run) == 'epoch_3.pth'
     truncate(run / 'epoch_3.pth')

@@ -53,7 +53,7 @@ def run(norm, ce, x, shortcut, grad, folded: bool, tail: bool):
     results = dict(out=out, x=x.grad, shortcut=shortcut.grad if tail else None)
     for name, parameter in (*ce.named_parameters(), *(norm.named_parameters('norm') if folded else ())):
         results[name] = parameter.grad
-    results |= dict(ce.named_buffers('buffers'))
+    results.update(dict(ce.named_buffers('buffers')))
     return {name: t.detach().cpu() for name, t in results.items() if t is not None}
 
 
@@ -70,7 +70,7 @@ def oracle(norm, ce, x, shortcut, grad, folded: bool, tail: bool, passed: torch.
     results = dict(out=out, x=x.grad, shortcut=shortcut.grad if tail else None)
     for name, parameter in (*ce.named_parameters(), *(norm.named_parameters('norm') if folded else ())):
         results[name] = parameter.grad
-    results |= dict(ce.named_buffers('buffers'))
+    results.update(dict(ce.named_buffers('buffers')))
     return {name: t.detach() for name, t in results.items() if t is not None}
 
 

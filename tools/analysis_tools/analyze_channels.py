@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Dict, Optional
 
 import matplotlib
 import numpy as np
@@ -52,7 +52,7 @@ COLOURS = ['#d55e00', '#0072b2', '#009e73', '#cc79a7']  # told apart with any ki
 MARKERS = 'osD^'
 FLOOR = 1e-3  # of the logarithmic axes of contribution; what is lower is drawn there
 GROUPS = dict(ce='where CE sits', before='there, before CE', other='elsewhere', output='outputs')  # of layers
-Models = dict[str, dict[str, LayerStatistics]]
+Models = Dict[str, Dict[str, LayerStatistics]]
 
 
 def measure(name: str, cfg: Config, checkpoint: str, num_images: int, device: str) -> dict[str, LayerStatistics]:
