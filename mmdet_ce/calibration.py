@@ -62,7 +62,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], num_batches: int, with_b
             m.momentum = 1.0  # so that the running values are the batch's own
         for batch in _limited(batches, num_batches):
             for buffer in running.values():
-                buffer.zero_()  # not even what is not a number stays
+                buffer.zero_()  # a NaN would survive the update, even with momentum 1
             backbone(_images(model, batch))
             for key, buffer in running.items():
                 sums[key] += buffer

@@ -49,7 +49,7 @@ def norm_ce(
     shortcut: Optional[Tensor] = None,
     relu: Optional[nn.Module] = None,
 ) -> Tensor:
-    """Return relu(CE(norm(x)) + shortcut), each where it is there.
+    """Return relu(CE(norm(x)) + shortcut); what is None is left out.
 
     A BatchNorm in evaluation is an affine map, and CE takes it into its own product, as it does the shortcut and the
     ReLU after it: two passes over x for all of them. Where somebody has hooked a module, it is called in its turn, so
@@ -102,7 +102,7 @@ def run_block(block: BaseModule, inner_forward: Callable[[Tensor], Tensor], x: T
     """Run a block's inner forward, under activation checkpointing if the block asks for it."""
     if not is_checkpointed(block, x):
         return inner_forward(x)
-    if compat.is_compiling():  # what is recomputed there updates nothing
+    if compat.is_compiling():  # there the recomputation does not update running values
         return checkpoint(inner_forward, x, use_reentrant=False)
 
     def forward(x: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ def run_block(block: BaseModule, inner_forward: Callable[[Tensor], Tensor], x: T
 
 @contextmanager
 def norms_at_rest(block: nn.Module) -> Iterator[None]:
-    """Keep the running values of a block's BatchNorms, as in the recomputation of a batch that has been counted.
+    """Keep a block's BatchNorms from updating their running values a second time while the block is recomputed.
 
     (CE sees by itself that it is recomputed, since it may stand in a block of mmdet's.)
     """
@@ -162,7 +162,7 @@ class CEBackbone(BaseModule):
         super().init_weights()
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        # Here every way of loading passes: torch's, and mmengine's, which does not call load_state_dict.
+        # torch and mmengine both call this method; mmengine does not call load_state_dict.
         if next(self.named_ce(), None) is not None:
             print_log(summarize_load(self, state_dict, prefix), logger='current')
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,4 +1,4 @@
-"""What a checkpoint brought into a CE backbone, in one line, and a refusal where it brought nearly nothing."""
+"""Report in one line what a checkpoint brought into a CE backbone; refuse one that brought nearly nothing."""
 
 from __future__ import annotations
 

@@ -18,13 +18,13 @@ class ChannelStatisticsHook(Hook):
     """Log a backbone's channels to the visualizer: ``inhibited/LAYER`` and, for CE, ``lambda/`` and ``decorrelation/``.
 
     Every ``interval`` iterations the images of the present batch pass through the backbone once more, in evaluation and
-    without gradients, on the first rank only. So the training itself is not looked into: its weights stay the same to
-    the bit, and the values are those that tools/analysis_tools/analyze_channels.py prints of a checkpoint, from fewer
+    without gradients, on the first rank only. The training itself is not changed: its weights stay the same to the
+    bit, and the values are those that tools/analysis_tools/analyze_channels.py prints of a checkpoint, from fewer
     images. Layers are those of ``mmdet_ce.channel_analysis``; a network without CE can be watched too.
 
     - ``inhibited``: share of channels under ``relative_threshold`` of the layer's mean contribution.
     - ``lambda``: share of batch decorrelation in CE.
-    - ``decorrelation``: off-diagonal energy of the covariance after CE over that before: 0 decorrelates fully, 1 not.
+    - ``decorrelation``: off-diagonal energy of the covariance after CE over that before: 0 is all removed, 1 none.
 
     Args:
         interval: Iterations between two measurements.

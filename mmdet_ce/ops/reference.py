@@ -37,7 +37,7 @@ def channel_equilibrium_reference(
     running_scale: Optional[Tensor] = None,
     alpha: Optional[Tensor] = None,
 ) -> ReferenceOutput:
-    """Apply Channel Equilibrium to ``x``, by the book.
+    """Apply Channel Equilibrium to ``x``, equation by equation as in the paper.
 
     Training form unless both running values are given. Differentiable, in the dtype of ``x`` (use float64).
 

@@ -259,7 +259,7 @@ def test_fresh_backbone_in_eval_is_finite():
             assert torch.isfinite(out).all()
 
 
-# ---- life in a training framework ----
+# ---- use in a training framework ----
 
 
 CHANGES = {
@@ -318,7 +318,7 @@ def test_hooked_layers_are_called_in_turn_and_give_the_same(depth, ce_eval):
 
 
 class TenfoldBatchNorm(torch.nn.BatchNorm2d):
-    """Not the affine map that its base class is."""
+    """Its base class computes an affine map; the subclass computes something else."""
 
     def forward(self, x):
         return 10 * super().forward(x)

@@ -1,4 +1,4 @@
-"""The load summary, and the refusal of files of which nearly nothing matches."""
+"""The load summary, and the refusal of files whose tensors nearly all do not match."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The channel statistics hook in a real Runner: what it logs, and that the training does not feel it."""
+"""The channel statistics hook in a real Runner: what it logs, and that the training stays the same."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def logged(work_dir):
 
 
 def test_logs_what_the_analysis_measures(tmp_path):
-    """To every backend; steps as mmengine's own logger counts them."""
+    """Every backend gets them; steps are counted as mmengine's own logger counts them."""
     hook = {**HOOK, 'relative_threshold': 0.5}
     runner = train(tmp_path, Detector(), [hook], ['LocalVisBackend', 'TensorboardVisBackend'])
     records = logged(tmp_path)

@@ -45,7 +45,7 @@ def run_case(case: str, layer: torch.nn.ModuleList, x: torch.Tensor, weights: to
 
 
 class LosesItsGradient(torch.autograd.Function):
-    """Something after CE that no gradient comes back from."""
+    """A module after CE that returns no gradient."""
 
     @staticmethod
     def forward(ctx, x):
@@ -113,7 +113,7 @@ def work(rank: int, folder: Path) -> None:
         results['backbone', sync] = dict(losses=losses, state=backbone.state_dict())
     results['other sizes'] = ragged(rank)
     results['one without a gradient'] = one_without_a_gradient(rank)
-    # Evaluation asks nobody: one process alone may do it.
+    # Evaluation exchanges nothing with other processes: one of them may run it alone.
     if rank == 0:
         layer, x, _ = make_case('plain')
         results['evaluation'] = layer[1].eval()(x)

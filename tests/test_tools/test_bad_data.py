@@ -128,7 +128,7 @@ def test_other_errors_are_left_alone():
 
 
 def test_odd_annotations_are_left_out(build, model):
-    """No objects, crowd alone, boxes outside the image, without area or NaN, a category nobody asked for."""
+    """No objects, crowd alone, boxes outside the image, without area or NaN, a category the config lacks."""
     images = [(picture(), 64, 64)] * 6
     annotations = [
         annotated(1, [5, 5, 20, 20], iscrowd=1, segmentation=dict(size=[64, 64], counts=[320, 100, 3676])),

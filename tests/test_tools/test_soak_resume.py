@@ -60,7 +60,7 @@ def train(work_dir, epochs, seed=0, **kwargs):
 
 @pytest.mark.slow
 def test_resumed_training_continues_and_ends_as_one_left_alone(tmp_path):
-    """All that is saved is loaded to the bit, and a training goes on from it as if nothing had been."""
+    """All that is saved is loaded to the bit, and the resumed training equals an uninterrupted one."""
     alone = train(tmp_path / 'alone', 4)
     saved = train(tmp_path / 'resumed', 2)
     final = train(tmp_path / 'resumed', 4, resume=True)
