@@ -1,24 +1,167 @@
-"""The page that explains CE quotes lines of the code: each must be there."""
+"""The documents against the code: files, links, functions, arguments, commands and versions that they name exist."""
 
 from __future__ import annotations
 
+import ast
+import inspect
 import re
+from pathlib import Path
 
+import pytest
 from conftest import ROOT
+from mmdet.registry import MODELS
+from mmengine.config import Config
 
-PAGE = ROOT / 'docs' / 'channel_equilibrium.md'
+import mmdet_ce
+from mmdet_ce.environment import SUPPORTED
+from mmdet_ce.ops.kernels import TESTED_CAPABILITIES
+
+PAGES = [
+    *(ROOT / name for name in ('README.md', 'CONTRIBUTING.md', 'CHANGELOG.md', 'configs/ce/README.md')),
+    *sorted((ROOT / 'docs').glob('*.md')),
+]
+README, USAGE, MATHEMATICS = (ROOT / name for name in ('README.md', 'docs/usage.md', 'docs/channel_equilibrium.md'))
+ORACLE = ROOT / 'mmdet_ce/ops/reference.py'
+
+every_page = pytest.mark.parametrize('page', PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 
 
-def test_every_quoted_line_is_in_the_code():
-    quotes = re.findall(r'^    (\S.*?)\s+# (mmdet_ce/\S+\.py)$', PAGE.read_text(), flags=re.M)
-    assert len(quotes) >= 14
-    lines = {file: [line.strip() for line in (ROOT / file).read_text().splitlines()] for _, file in quotes}
-    missing = [q for q, file in quotes if not any(line.startswith(q) for line in lines[file])]
+def blocks(page: Path, language: str) -> list[str]:
+    """Return the code blocks of a language."""
+    return re.findall(rf'^```{language}\n(.*?)^```', page.read_text(), flags=re.M | re.S)
+
+
+def prose(page: Path) -> list[str]:
+    """Return the lines outside code blocks, tables and indented code."""
+    text = re.sub(r'^```.*?^```', '', page.read_text(), flags=re.M | re.S)
+    return [line for line in text.splitlines() if not line.startswith(('|', '    '))]
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors that a page's headings get on GitHub."""
+    headings = re.findall(r'^#+ (.+)$', page.read_text(), flags=re.M)
+    return {re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings}
+
+
+def definitions(file: Path) -> set[str]:
+    """Return the functions and classes that a file defines, methods as CLASS.METHOD."""
+    found = set()
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            found.update(f'{node.name}.{inner.name}' for inner in node.body if isinstance(inner, ast.FunctionDef))
+    return found
+
+
+def argument_tables(page: Path) -> dict[str, dict[str, str]]:
+    """Return for each class the arguments and defaults in the tables headed 'argument of `CLASS`'."""
+    tables = {}
+    for name, rows in re.findall(r'^\| argument of `(\w+)` .*\n\|[ -|]+\n((?:\|.*\n)+)', page.read_text(), flags=re.M):
+        cells = [[cell.strip() for cell in row.split('|')[1:3]] for row in rows.splitlines()]
+        tables[name] = {argument.strip('`'): default.strip('`') for argument, default in cells}
+    return tables
+
+
+def own_parameters(cls: type) -> dict[str, inspect.Parameter]:
+    """Return the parameters of a class that it does not take from mmdet, those of ``*args`` and the like aside."""
+    parameters = inspect.signature(cls.__init__).parameters
+    keywords = {name: p for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+    return keywords or {name: p for name, p in parameters.items() if name not in ('self', 'in_channels')}
+
+
+def test_the_readme_is_one_page():
+    assert len(README.read_text().splitlines()) <= 150
+    assert not [line for line in prose(README) if len(line) > 100]
+
+
+@every_page
+def test_links_lead_to_files_and_headings(page):
+    for target in re.findall(r'\]\((?!https?:)([^)]+)\)', page.read_text()):
+        name, _, anchor = target.partition('#')
+        file = (page.parent / name).resolve() if name else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), target
+
+
+@every_page
+def test_files_that_are_named_exist(page):
+    named = re.findall(r'(?<![\w./$}-])((?:mmdet_ce|tools|tests|configs|docs|\.ci)/[\w./-]*[\w/])', page.read_text())
+    starts = set(re.findall(r'^C=(\S+)', page.read_text(), flags=re.M))  # of config names in a variable
+    missing = [name for name in named if not (ROOT / name).exists() and name not in starts]
     assert not missing
 
 
-def test_the_page_is_short_and_its_links_lead_somewhere():
-    text = PAGE.read_text()
-    assert len(text.splitlines()) <= 150
-    for link in re.findall(r'\]\((?!http)([^)#]+)\)', text):
-        assert (PAGE.parent / link).exists(), link
+@every_page
+def test_functions_that_are_linked_exist(page):
+    links = re.findall(r'\[`([\w.]+)`\]\(([^)]+\.py)\)', page.read_text())
+    missing = [name for name, file in links if name not in definitions(page.parent / file)]
+    assert not missing
+
+
+def test_the_mathematics_quotes_the_oracle():
+    quotes = re.findall(r'^    (\S.*?)\s+# mmdet_ce/ops/reference\.py$', MATHEMATICS.read_text(), flags=re.M)
+    lines = [line.strip() for line in ORACLE.read_text().splitlines()]
+    missing = [quote for quote in quotes if not any(line.startswith(quote) for line in lines)]
+    assert len(quotes) >= 10
+    assert not missing
+
+
+@pytest.mark.parametrize('name', ['CEResNet', 'ChannelEquilibrium'])
+def test_every_argument_is_in_the_usage_page(name):
+    documented, parameters = argument_tables(USAGE)[name], own_parameters(getattr(mmdet_ce, name))
+    assert set(documented) == set(parameters)
+    for argument, default in documented.items():
+        if default != 'first three stages':  # None stands for it
+            assert eval(default) == parameters[argument].default, argument
+
+
+def test_arguments_in_the_readme_exist():
+    table = argument_tables(README)['CEResNet']
+    assert len(table) == 5
+    for argument in table:
+        name, _, inner = argument.partition('=dict(')
+        assert name in own_parameters(mmdet_ce.CEResNet)
+        assert not inner or inner.partition('=')[0] in own_parameters(mmdet_ce.ChannelEquilibrium)
+
+
+@every_page
+def test_commands_have_the_options_that_are_named(page):
+    text = re.sub(r'\\\n', ' ', page.read_text())
+    for tool, arguments in re.findall(r'^(?:\w+=\S+ )*python ((?:tools|docs)/\S+\.py)(.*)$', text, flags=re.M):
+        if tool not in ('tools/train.py', 'tools/test.py'):  # mmdet's own options
+            options = re.findall(r'(--[\w-]+)', arguments.partition(' # ')[0])
+            missing = [option for option in options if f"'{option}'" not in (ROOT / tool).read_text()]
+            assert not missing, tool
+
+
+@every_page
+def test_make_targets_exist(page):
+    targets = set(re.findall(r'^([\w-]+):', (ROOT / 'Makefile').read_text(), flags=re.M))
+    code = [*blocks(page, 'bash'), *re.findall(r'`(make [^`]+)`', page.read_text())]
+    named = {target for piece in code for target in re.findall(r'^make ([\w-]+)', piece, flags=re.M)}
+    assert named <= targets
+
+
+def test_the_config_in_the_readme_works():
+    (block,) = (block for block in blocks(README, 'python') if '_base_' in block)
+    cfg = Config.fromstring(block, '.py')
+    assert type(MODELS.build({**cfg.model.backbone, 'init_cfg': None})) is mmdet_ce.CEResNet
+
+
+@every_page
+def test_python_blocks_are_python(page):
+    for block in blocks(page, 'python'):
+        ast.parse(block)
+
+
+def test_the_readme_names_the_supported_versions():
+    text = README.read_text()
+    missing = [name for name, (low, _) in SUPPORTED.items() if f'{name} >= {low}' not in text]
+    assert not missing
+
+
+def test_the_benchmarks_name_the_gpus_on_which_triton_is_taken():
+    text = (ROOT / 'docs/benchmarks.md').read_text()
+    missing = [c for c in TESTED_CAPABILITIES if f'compute capability {c[0]}.{c[1]}' not in text]
+    assert not missing
