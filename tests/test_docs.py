@@ -5,12 +5,18 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import runpy
+import sys
 from pathlib import Path
 
+import cv2
 import pytest
+import torch
 from conftest import ROOT
+from make_shapes_dataset import make_dataset
 from mmdet.registry import MODELS
 from mmengine.config import Config
+from utils import randomize
 
 import mmdet_ce
 from mmdet_ce.environment import SUPPORTED
@@ -165,3 +171,23 @@ def test_the_benchmarks_name_the_gpus_on_which_triton_is_taken():
     text = (ROOT / 'docs/benchmarks.md').read_text()
     missing = [c for c in TESTED_CAPABILITIES if f'compute capability {c[0]}.{c[1]}' not in text]
     assert not missing
+
+
+@pytest.mark.slow
+def test_the_figure_of_the_readme_is_drawn(tmp_path, monkeypatch, capsys):
+    script = runpy.run_path(str(ROOT / 'docs/images/draw_what_ce_does.py'))
+    config = ROOT / 'configs/demo/mask-rcnn_r18-ce_fpn_8e_shapes.py'
+    monkeypatch.chdir(tmp_path)
+    make_dataset(tmp_path / 'data' / 'shapes', train=1, val=2)
+    torch.save(randomize(MODELS.build(Config.fromfile(config).model.backbone)).state_dict(), 'backbone.pth')
+
+    def draw(*arguments):
+        monkeypatch.setattr(sys, 'argv', ['draw', str(config), *arguments, '--out', 'figure.png'])
+        script['main']()
+
+    draw('backbone.pth')
+    assert 'mean |correlation|' in capsys.readouterr().out
+    assert cv2.imread('figure.png').std() > 10
+    for arguments, message in ((['none.pth'], 'none.pth not found'), (['backbone.pth', '--layer', 'ce9'], 'ce9')):
+        with pytest.raises(SystemExit, match=message):
+            draw(*arguments)

@@ -9,6 +9,7 @@ the same after CE, and the gate of each channel in each image. `make demo` leave
 from __future__ import annotations
 
 import argparse
+import sys
 from itertools import islice
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from mmdet_ce import ChannelEquilibrium
 from mmdet_ce.channel_analysis import network_input
+from mmdet_ce.checkpoints import CheckpointFileError
 from mmdet_ce.checkpoints.trained_backbone import load_backbone
 
 matplotlib.use('Agg')
@@ -30,12 +32,20 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 @torch.no_grad()
 def measure(cfg: Config, checkpoint: Path, layer: str, num_images: int) -> tuple[ChannelEquilibrium, Tensor, Tensor]:
-    """Return a CE layer with its inputs and its outputs, (images, C, H, W), of the first test images."""
+    """Return a CE layer with its inputs and its outputs, (images, C, H, W), of the first test images.
+
+    Raises:
+        CheckpointFileError: If the checkpoint cannot be read.
+        ValueError: If it is another model's, or the model has no such layer.
+    """
     init_default_scope(cfg.get('default_scope', 'mmdet'))
     backbone = load_backbone(cfg, checkpoint)
     preprocessor = MODELS.build(cfg.model.get('data_preprocessor') or cfg.data_preprocessor)
-    cfg.test_dataloader.batch_size = 1
-    ce, inputs, outputs = backbone.get_submodule(layer), [], []
+    cfg.test_dataloader.update(batch_size=1, num_workers=0, persistent_workers=False)
+    layers = {name: m for name, m in backbone.named_modules() if isinstance(m, ChannelEquilibrium)}
+    if layer not in layers:
+        raise ValueError(f'{cfg.filename} has no CE layer {layer}; expected one of {", ".join(layers)}')
+    ce, inputs, outputs = layers[layer], [], []
 
     def record(_: ChannelEquilibrium, args: tuple, out: Tensor) -> None:
         inputs.append(args[0])
@@ -70,7 +80,10 @@ def main() -> None:
     parser.add_argument('--out', type=Path, default=Path(__file__).with_name('what_ce_does.png'))
     args = parser.parse_args()
 
-    ce, x, out = measure(Config.fromfile(args.config), args.checkpoint, args.layer, args.num_images)
+    try:
+        ce, x, out = measure(Config.fromfile(args.config), args.checkpoint, args.layer, args.num_images)
+    except (FileNotFoundError, CheckpointFileError, ValueError) as error:
+        sys.exit(f'error: {error}')
     with torch.no_grad():
         gate = ce.ir.gate(x.var(dim=(2, 3)))  # (images, C)
         lambda_ = torch.sigmoid(ce.theta).item()
