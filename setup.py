@@ -18,7 +18,7 @@ setup(
     long_description=(root / 'README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
     license='Apache-2.0',
-    python_requires='>=3.9',
+    python_requires='>=3.8',
     packages=[*find_packages(include=['mmdet_ce', 'mmdet_ce.*']), *config_packages],
     package_dir=config_packages,
     package_data={'': ['*.yml']},

@@ -11,6 +11,7 @@ from pathlib import Path
 import mmcv
 from mmdet.utils import collect_env
 
+from .compat import missing_features
 from .environment import describe_versions
 from .version import __version__
 
@@ -60,6 +61,7 @@ def main() -> None:
         print(*config_names(), f'(in {CONFIGS})', sep='\n')
     elif args.command == 'env':
         ours = dict(mmdet_ce=f'{__version__} at {PACKAGE}', versions=describe_versions(), MMCV=mmcv.__version__)
+        ours['missing with this torch'] = ', '.join(missing_features()) or 'nothing'
         for key, value in {**ours, **collect_env()}.items():
             print(f'{key}: {value}')
     else:

@@ -6,6 +6,7 @@ Each entry names the oldest torch that does without it: once nothing older is su
 from __future__ import annotations
 
 import re
+import warnings
 from typing import Callable
 
 import torch
@@ -33,6 +34,18 @@ FEATURES = {
 def missing_features(torch_version: tuple[int, int] = TORCH) -> list[str]:
     """Return what a version of torch lacks, each with the first version that has it."""
     return [f'{name} (torch {a}.{b})' for name, (a, b) in FEATURES.items() if torch_version < (a, b)]
+
+
+def warn_of_torch_load(torch_version: tuple[int, int] = TORCH) -> None:
+    """Say what is left to torch.load, where that runs what a file says. torch 2.6: it does so only if told to."""
+    if torch_version < (2, 6):
+        warnings.warn(
+            f'torch.load of torch {torch_version[0]}.{torch_version[1]} runs what a checkpoint says. Files and http(s) '
+            'addresses that mmengine loads are read as data, since mmdet_ce is imported; other addresses '
+            '(torchvision://, open-mmlab://, s3://) and code that calls torch.load are not: take what you trust from '
+            'there, or torch 2.6 and later (docs/checkpoints.md)',
+            stacklevel=2,
+        )
 
 
 def is_compiling() -> bool:

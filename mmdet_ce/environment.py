@@ -11,16 +11,19 @@ import platform
 import re
 from types import ModuleType
 
-# import name -> (oldest version that works, first version that does not); torch 2.6 is the first whose torch.load
-# refuses arbitrary code by default
+# import name -> (oldest version that works, first version that does not)
 SUPPORTED = {
-    'torch': ('2.6', '3'),
-    'mmengine': ('0.10', '2'),
+    'torch': ('2.0', '3'),
+    'mmengine': ('0.8', '2'),
     'mmcv': ('2.0', '3'),
     'mmdet': ('3.0', '4'),
 }
-# what the tests run with: the pins of requirements.txt
-TESTED = {'python': '3.11', 'torch': '2.13.0', 'mmengine': '0.10.7', 'mmcv': '2.1.0', 'mmdet': '3.3.0'}
+# what the tests run with: the pins of requirements-oldest.txt, requirements-common.txt and requirements.txt
+TESTED = {
+    'oldest': {'python': '3.8', 'torch': '2.0.1', 'mmengine': '0.8.0', 'mmcv': '2.0.1', 'mmdet': '3.0.0'},
+    'common': {'python': '3.10', 'torch': '2.1.2', 'mmengine': '0.10.7', 'mmcv': '2.1.0', 'mmdet': '3.3.0'},
+    'newest': {'python': '3.11', 'torch': '2.13.0', 'mmengine': '0.10.7', 'mmcv': '2.1.0', 'mmdet': '3.3.0'},
+}
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -49,7 +52,7 @@ def _import(name: str) -> ModuleType:
 
 def _message(problem: str) -> str:
     supported = ', '.join(f'{name} >={low},<{high}' for name, (low, high) in SUPPORTED.items())
-    tested = ', '.join(f'{name} {version}' for name, version in TESTED.items())
+    tested = '; '.join(', '.join(f'{name} {version}' for name, version in one.items()) for one in TESTED.values())
     return (
         f'mmdet_ce cannot be used: {problem}. Supported: {supported}, from OpenMMLab or an import-compatible fork '
         f"(onedl-mmdetection and its siblings); tested: {tested}. The package's README says how to install them."
@@ -70,13 +73,17 @@ def check_environment() -> None:
 
 
 def describe_versions() -> str:
-    """Return the versions in use in one line, and which of them no test ran with."""
+    """Return the versions in use in one line, and which of them no test ran with, beside the nearest that one did."""
     found = {'python': platform.python_version()}
     found.update((name, str(_import(name).__version__)) for name in SUPPORTED)
     versions = ', '.join(f'{name} {version}' for name, version in found.items())
-    untested = [
-        f'{name} {version} (tested: {TESTED[name]})'
-        for name, version in found.items()
-        if _numbers(version)[: len(_numbers(TESTED[name]))] != _numbers(TESTED[name])
-    ]
+    untested = min((_differences(found, tested) for tested in reversed(list(TESTED.values()))), key=len)
     return f'{versions}; ' + (f'untested: {", ".join(untested)}' if untested else 'tested together')
+
+
+def _differences(found: dict[str, str], tested: dict[str, str]) -> list[str]:
+    return [
+        f'{name} {version} (tested: {tested[name]})'
+        for name, version in found.items()
+        if _numbers(version)[: len(_numbers(tested[name]))] != _numbers(tested[name])
+    ]

@@ -45,25 +45,40 @@ def hide(name: str) -> str:
 def test_unusable_framework(setup, problem):
     message = import_error(setup)
     assert message.startswith('ImportError: mmdet_ce cannot be used: ' + problem)
-    assert 'Supported: torch >=2.6,<3' in message and 'mmdet >=3.0,<4' in message and 'onedl-mmdetection' in message
+    assert 'Supported: torch >=2.0,<3' in message and 'mmdet >=3.0,<4' in message and 'onedl-mmdetection' in message
 
 
-def test_tested_versions_are_the_pins():
-    assert TESTED['python'] == '.'.join(map(str, setup_env.REQUIRED_PYTHON))
+@pytest.mark.parametrize('name', [*TESTED])
+def test_tested_versions_are_the_pins(name):
+    env = setup_env.ENVIRONMENTS[name]
+    assert TESTED[name]['python'] == '.'.join(map(str, env.python))
+    for package in SUPPORTED:
+        assert env.pinned(package) == f'{package}=={TESTED[name][package]}'
+
+
+@pytest.fixture(params=[*TESTED])
+def tested(request, monkeypatch):
+    """One of the tested sets of versions, as if it were installed."""
+    tested = TESTED[request.param]
     for name in SUPPORTED:
-        assert setup_env.pinned(name) == f'{name}=={TESTED[name]}'
+        monkeypatch.setattr(f'{name}.__version__', f'{tested[name]}+local')
+    monkeypatch.setattr('platform.python_version', lambda: f'{tested["python"]}.4')
+    return tested
 
 
-def test_untested_versions_are_named(monkeypatch):
-    for name in SUPPORTED:
-        monkeypatch.setattr(f'{name}.__version__', f'{TESTED[name]}+local')
-    monkeypatch.setattr('platform.python_version', lambda: f'{TESTED["python"]}.4')
-    assert describe_versions() == (
-        'python 3.11.4, torch 2.13.0+local, mmengine 0.10.7+local, mmcv 2.1.0+local, mmdet 3.3.0+local; tested together'
-    )
+def test_tested_versions_are_named(tested):
+    versions = [f'python {tested["python"]}.4', *(f'{name} {tested[name]}+local' for name in SUPPORTED)]
+    assert describe_versions() == f'{", ".join(versions)}; tested together'
+
+
+@pytest.mark.parametrize('tested', ['newest', 'oldest'], indirect=True)
+def test_untested_versions_are_named(tested, monkeypatch):
+    """Beside those of the nearest set."""
     monkeypatch.setattr('torch.__version__', '2.14.0')
     monkeypatch.setattr('platform.python_version', lambda: '3.12.1')
-    assert describe_versions().endswith('; untested: python 3.12.1 (tested: 3.11), torch 2.14.0 (tested: 2.13.0)')
+    assert describe_versions().endswith(
+        f'; untested: python 3.12.1 (tested: {tested["python"]}), torch 2.14.0 (tested: {tested["torch"]})'
+    )
 
 
 def test_package_depends_on_nothing():

@@ -1,4 +1,4 @@
-"""Create ``.venv`` with the pinned stack of requirements.txt and this package, editable.
+"""Create one of the environments that the tests run in: its pins and this package, editable, in a folder of its own.
 
 Standard library only: it runs before anything is installed. Safe to repeat, and to interrupt: a finished set-up is
 recognised by a stamp and costs nothing, an unfinished one is continued. mmcv's operators take many minutes to compile,
@@ -20,13 +20,41 @@ import sysconfig
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-VENV = ROOT / '.venv'
-VENV_PYTHON = VENV / 'bin' / 'python'
-STAMP = VENV / '.mmdet_ce_ready'
-REQUIREMENTS = ROOT / 'requirements.txt'
-REQUIRED_PYTHON = (3, 11)
+
+
+class Environment(NamedTuple):
+    """A set of versions that the tests run with."""
+
+    python: tuple[int, int]
+    requirements: Path
+    venv: Path
+
+    @property
+    def interpreter(self) -> Path:
+        """The environment's own Python."""
+        return self.venv / 'bin' / 'python'
+
+    @property
+    def stamp(self) -> Path:
+        """What a finished set-up leaves."""
+        return self.venv / '.mmdet_ce_ready'
+
+    def pinned(self, name: str) -> str:
+        """Return the requirement line of ``name``."""
+        for line in self.requirements.read_text().splitlines():
+            if line.startswith(f'{name}=='):
+                return line.strip()
+        return fail(f'{self.requirements.name} pins no {name}')
+
+
+ENVIRONMENTS = {
+    'newest': Environment((3, 11), ROOT / 'requirements.txt', ROOT / '.venv'),
+    'common': Environment((3, 10), ROOT / 'requirements-common.txt', ROOT / '.venv-common'),
+    'oldest': Environment((3, 8), ROOT / 'requirements-oldest.txt', ROOT / '.venv-oldest'),
+}
 
 # Two wheels of mmcv are interchangeable only if all of this agrees: the interpreter, the exact torch build, and
 # whether the CUDA operators were compiled (mmcv decides by a visible GPU or FORCE_CUDA) and for which architectures.
@@ -60,16 +88,16 @@ def say(message: str) -> None:
     print(f'setup: {message}', flush=True)
 
 
-def check_machine() -> None:
+def check_machine(env: Environment) -> None:
     """Check everything that set-up needs from the machine, before anything is downloaded."""
-    if sys.version_info[:2] != REQUIRED_PYTHON:
-        want = '.'.join(map(str, REQUIRED_PYTHON))
+    want = '.'.join(map(str, env.python))
+    if sys.version_info[:2] != env.python:
         fail(
             f'Python {want} is needed, this is {sys.version.split()[0]} ({sys.executable}); '
             f'install it or name it: make PYTHON=/path/to/python{want} ...'
         )
     if importlib.util.find_spec('ensurepip') is None:
-        fail('this Python has no venv module; install it (Debian and Ubuntu: apt install python3.11-venv)')
+        fail(f'this Python has no venv module; install it (Debian and Ubuntu: apt install python{want}-venv)')
     compiler = (os.environ.get('CXX') or 'c++').split()[0]
     if shutil.which(compiler) is None:
         fail(
@@ -77,7 +105,9 @@ def check_machine() -> None:
             '(Debian and Ubuntu: apt install g++) or set CXX'
         )
     if not Path(sysconfig.get_path('include'), 'Python.h').is_file():
-        fail("Python's C headers (Python.h) are missing; install them (Debian and Ubuntu: apt install python3.11-dev)")
+        fail(
+            f"Python's C headers (Python.h) are missing; install them (Debian and Ubuntu: apt install python{want}-dev)"
+        )
     gpu = shutil.which('nvidia-smi') and os.environ.get('CUDA_VISIBLE_DEVICES') != ''
     if gpu and not (shutil.which('nvcc') or os.environ.get('CUDA_HOME')):
         fail(
@@ -86,38 +116,30 @@ def check_machine() -> None:
         )
 
 
-def fingerprint() -> str:
+def fingerprint(env: Environment) -> str:
     """Identify the set-up: a change of the pins, of the metadata, of this file or of the folder asks for a new run."""
     digest = hashlib.sha256(str(ROOT).encode())
-    for path in (REQUIREMENTS, ROOT / 'setup.py', ROOT / 'pyproject.toml', Path(__file__)):
+    for path in (env.requirements, ROOT / 'setup.py', ROOT / 'pyproject.toml', Path(__file__)):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
-def pinned(name: str) -> str:
-    """Return the requirement line of ``name``."""
-    for line in REQUIREMENTS.read_text().splitlines():
-        if line.startswith(f'{name}=='):
-            return line.strip()
-    return fail(f'{REQUIREMENTS.name} pins no {name}')
-
-
-def pip(*args: str) -> None:
+def pip(env: Environment, *args: str) -> None:
     """Run the environment's pip; its own output is the progress."""
-    command = [str(VENV_PYTHON), '-m', 'pip', '--disable-pip-version-check', *args]
+    command = [str(env.interpreter), '-m', 'pip', '--disable-pip-version-check', *args]
     if subprocess.run(command, cwd=ROOT).returncode:
         fail(f'pip failed: {" ".join(command)}')
 
 
-def create_venv() -> None:
-    """Create ``.venv``, anew if it belongs to another Python or does not start."""
+def create_venv(env: Environment) -> None:
+    """Create the environment's folder, anew if it belongs to another Python or does not start."""
     probe = 'import sys; print("%d.%d" % sys.version_info[:2])'
-    if VENV_PYTHON.exists():
-        found = subprocess.run([str(VENV_PYTHON), '-c', probe], capture_output=True, text=True).stdout.strip()
-        if found == '.'.join(map(str, REQUIRED_PYTHON)):
+    if env.interpreter.exists():
+        found = subprocess.run([str(env.interpreter), '-c', probe], capture_output=True, text=True).stdout.strip()
+        if found == '.'.join(map(str, env.python)):
             return
-    say(f'creating {VENV}')
-    subprocess.run([sys.executable, '-m', 'venv', '--clear', str(VENV)], check=True)
+    say(f'creating {env.venv}')
+    subprocess.run([sys.executable, '-m', 'venv', '--clear', str(env.venv)], check=True)
 
 
 def build_jobs() -> int:
@@ -143,14 +165,14 @@ def show_build(lines, log, start: float) -> None:
         print()
 
 
-def mmcv_wheel() -> Path:
+def mmcv_wheel(env: Environment) -> Path:
     """Return mmcv's wheel from the cache, built first if it is not there."""
-    key = subprocess.run([str(VENV_PYTHON), '-c', BUILD_KEY_CODE], capture_output=True, text=True)
+    key = subprocess.run([str(env.interpreter), '-c', BUILD_KEY_CODE], capture_output=True, text=True)
     if key.returncode:
         fail(f'the installed torch does not work:\n{key.stderr}')
     cache = os.environ.get('XDG_CACHE_HOME', '')
     cache = Path(cache if os.path.isabs(cache) else Path.home() / '.cache') / 'mmdet_ce'
-    folder = cache / f'{pinned("mmcv").replace("==", "")}-{key.stdout.strip()}'
+    folder = cache / f'{env.pinned("mmcv").replace("==", "")}-{key.stdout.strip()}'
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -165,39 +187,27 @@ def mmcv_wheel() -> Path:
         if wheels:
             say(f'mmcv from the cache: {wheels[0]}')
             return wheels[0]
-        return build_mmcv(folder)
+        return build_mmcv(env, folder)
 
 
-def build_mmcv(folder: Path) -> Path:
+def build_mmcv(env: Environment, folder: Path) -> Path:
     """Compile mmcv with its operators into ``folder``; the wheel appears there only when it is whole."""
     jobs = build_jobs()
     say(f'compiling mmcv with its operators, {jobs} at a time: once a machine, about 16 minutes on two cores')
     start, log_path = time.monotonic(), folder / 'build.log'
-    env = dict(
+    variables = dict(
         os.environ,
         MMCV_WITH_OPS='1',
         MAX_JOBS=str(jobs),
         PYTHONUNBUFFERED='1',
-        PATH=f'{VENV / "bin"}{os.pathsep}{os.environ.get("PATH", "")}',
+        PATH=f'{env.venv / "bin"}{os.pathsep}{os.environ.get("PATH", "")}',
     )
     with tempfile.TemporaryDirectory(dir=folder) as scratch, open(log_path, 'w') as log:
         command = [
-            str(VENV_PYTHON),
-            '-m',
-            'pip',
-            '--disable-pip-version-check',
-            'wheel',
-            '-v',
-            '--no-deps',
-            '--no-build-isolation',
-            '--no-binary',
-            'mmcv',
-            '--no-cache-dir',
-            '-w',
-            scratch,
-            pinned('mmcv'),
+            *(str(env.interpreter), '-m', 'pip', '--disable-pip-version-check', 'wheel', '-v', '--no-deps'),
+            *('--no-build-isolation', '--no-binary', 'mmcv', '--no-cache-dir', '-w', scratch, env.pinned('mmcv')),
         ]
-        process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         show_build(process.stdout, log, start)
         wheels = list(Path(scratch).glob('mmcv-*.whl'))
         if process.wait() or not wheels:
@@ -210,51 +220,54 @@ def build_mmcv(folder: Path) -> Path:
     return wheel
 
 
-def install_apart(name: str) -> None:
-    """Put the pins of requirements-NAME.txt, which only some tests need, into ``.venv/NAME``, once."""
+def install_apart(env: Environment, name: str) -> None:
+    """Put the pins of requirements-NAME.txt, which only some tests need, into the folder NAME of the venv, once."""
     requirements = ROOT / f'requirements-{name}.txt'
-    folder, pins = VENV / name, requirements.read_text()
+    folder, pins = env.venv / name, requirements.read_text()
     stamp = folder / '.pins'
     if stamp.is_file() and stamp.read_text() == pins:
         return
     say(f'what the {name} tests need, into {folder}')
     shutil.rmtree(folder, ignore_errors=True)
-    pip('install', '--no-deps', '--target', str(folder), '-r', str(requirements))
+    pip(env, 'install', '--no-deps', '--target', str(folder), '-r', str(requirements))
     stamp.write_text(pins)
 
 
 def main() -> None:
     """Set up, or find that nothing is to do."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('environment', nargs='?', choices=[*ENVIRONMENTS], default='newest', help='(default: newest)')
     parser.add_argument('--imagenet', action='store_true', help='with what the ImageNet tests need')
     parser.add_argument('--kernels', action='store_true', help='with Triton, for the tests of the kernels')
     args = parser.parse_args()
-    if not (STAMP.is_file() and STAMP.read_text() == fingerprint()):
-        set_up()
+    env = ENVIRONMENTS[args.environment]
+    if not (env.stamp.is_file() and env.stamp.read_text() == fingerprint(env)):
+        set_up(env)
     for name in ('imagenet', 'kernels'):
         if getattr(args, name):
-            install_apart(name)
+            install_apart(env, name)
 
 
-def set_up() -> None:
+def set_up(env: Environment) -> None:
     """Create the environment and install everything into it."""
     start = time.monotonic()
-    check_machine()
-    create_venv()
+    check_machine(env)
+    create_venv(env)
     say('1/4 torch and build tools')
-    pip('install', '-c', str(REQUIREMENTS), *map(pinned, ('torch', 'setuptools', 'wheel', 'ninja', 'psutil')))
+    first = map(env.pinned, ('torch', 'setuptools', 'wheel', 'ninja', 'psutil'))
+    pip(env, 'install', '-c', str(env.requirements), *first)
     say('2/4 mmcv')
-    pip('install', '--no-deps', str(mmcv_wheel()))
-    # --no-deps: requirements.txt is the whole list, with opencv-python-headless, which needs no libGL on the machine.
+    pip(env, 'install', '--no-deps', str(mmcv_wheel(env)))
+    # --no-deps: the requirements are the whole list, with opencv-python-headless, which needs no libGL on the machine.
     say('3/4 mmengine, mmdet and the rest')
-    pip('install', '--no-deps', '-r', str(REQUIREMENTS))
+    pip(env, 'install', '--no-deps', '-r', str(env.requirements))
     say('4/4 mmdet_ce, editable')
-    pip('install', '--no-deps', '--no-build-isolation', '-e', str(ROOT))
-    command = [str(VENV_PYTHON), '-W', 'ignore', '-c', CHECK_CODE]
+    pip(env, 'install', '--no-deps', '--no-build-isolation', '-e', str(ROOT))
+    command = [str(env.interpreter), '-W', 'ignore', '-c', CHECK_CODE]
     check = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
     if check.returncode:
         fail(f'the installed stack does not work:\n{check.stderr}')
-    STAMP.write_text(fingerprint())
+    env.stamp.write_text(fingerprint(env))
     say(f'ready in {(time.monotonic() - start) / 60:.1f} min: {check.stdout.strip()}')
 
 

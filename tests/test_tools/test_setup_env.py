@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import setup_env
 from conftest import ROOT
 
 
@@ -25,15 +26,27 @@ def run(clone, *command, **env):
     return subprocess.run(command, cwd=clone, capture_output=True, text=True, env=env)
 
 
+def set_up(clone, **env):
+    """Set up the newest environment, as if that were for this Python."""
+    code = (
+        'import sys; sys.path.insert(0, "tools"); import setup_env as s;'
+        's.ENVIRONMENTS["newest"] = s.ENVIRONMENTS["newest"]._replace(python=sys.version_info[:2]); s.main()'
+    )
+    return run(clone, sys.executable, '-c', code, **env)
+
+
 def test_missing_compiler(clone):
-    result = run(clone, sys.executable, 'tools/setup_env.py', CXX='no-such-compiler')
+    result = set_up(clone, CXX='no-such-compiler')
     assert result.returncode == 1
     assert result.stderr.startswith("setup: error: no C++ compiler ('no-such-compiler' not found)")
     assert len(result.stderr.splitlines()) == 1 and not (clone / '.venv').exists()
 
 
 def test_wrong_python(clone):
-    code = 'import sys; sys.path.insert(0, "tools"); import setup_env as s; s.REQUIRED_PYTHON = (3, 99); s.main()'
+    code = (
+        'import sys; sys.path.insert(0, "tools"); import setup_env as s;'
+        's.ENVIRONMENTS["newest"] = s.ENVIRONMENTS["newest"]._replace(python=(3, 99)); s.main()'
+    )
     result = run(clone, sys.executable, '-c', code)
     assert result.returncode == 1
     assert result.stderr.startswith('setup: error: Python 3.99 is needed, this is 3.')
@@ -55,16 +68,28 @@ def test_gpu_without_cuda_toolkit(clone):
     (folder / 'nvidia-smi').chmod(0o755)
     (folder / 'c++').symlink_to(shutil.which('true'))
     env = dict(PATH=str(folder), CUDA_HOME='', CXX='c++')
-    result = run(clone, sys.executable, 'tools/setup_env.py', **env)
+    result = set_up(clone, **env)
     assert result.returncode == 1 and 'has an NVIDIA GPU but no nvcc' in result.stderr
 
 
 def test_finished_setup_is_not_repeated(clone):
     code = (
-        'import sys; sys.path.insert(0, "tools"); import setup_env as s; s.VENV.mkdir();'
-        's.STAMP.write_text(s.fingerprint()); s.check_machine = None; s.main()'
+        'import sys; sys.path.insert(0, "tools"); import setup_env as s; env = s.ENVIRONMENTS["newest"];'
+        'env.venv.mkdir(); env.stamp.write_text(s.fingerprint(env)); s.check_machine = None; s.main()'
     )
     assert run(clone, sys.executable, '-c', code).returncode == 0
     (clone / 'requirements.txt').write_text('torch==1.0\n')
-    result = run(clone, sys.executable, 'tools/setup_env.py', CXX='no-such-compiler')
+    result = set_up(clone, CXX='no-such-compiler')
     assert result.returncode == 1, 'changed pins ask for a new set-up'
+
+
+@pytest.mark.parametrize('name', [*setup_env.ENVIRONMENTS])
+def test_pins_keep_what_was_chosen(name):
+    """Every version in a .in file is in the generated list, which names no place to download from."""
+    env = setup_env.ENVIRONMENTS[name]
+    pins = env.requirements.read_text()
+    chosen = env.requirements.with_suffix('.in').read_text().splitlines()
+    for line in chosen:
+        if '==' in line:
+            assert env.pinned(line.partition('==')[0]) == line
+    assert 'http' not in pins and 'index' not in pins and 'opencv-python==' not in pins
