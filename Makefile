@@ -22,7 +22,7 @@ demo: setup
 	@$(VENV)/bin/python -W ignore tools/demo.py
 
 test: setup $(if $(filter newest,$(VERSIONS)),lint)
-	@$(VENV)/bin/python tools/setup_env.py $(VERSIONS) --imagenet
+	@$(VENV)/bin/python tools/setup_env.py $(VERSIONS) $(if $(filter-out oldest,$(VERSIONS)),--imagenet)
 	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadgroup $(PYTEST)
 
 # The same suite with what most users of MMDetection have, and with the oldest versions that are supported.

@@ -7,6 +7,7 @@ its backward pass, loss scaling and step, under torch's autocast, in a detector 
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import statistics
 
@@ -19,8 +20,9 @@ from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
 from mmengine.runner import Runner
 from test_determinism import Losses
+from utils import needs
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group('amp')]  # one worker, one training in float32
 
 ITERATIONS = 20
 
@@ -33,7 +35,8 @@ class CPUAmpOptimWrapper(AmpOptimWrapper):
         OptimWrapper.__init__(self, **kwargs)
         self._scale_update_param = None
         self.cast_dtype = getattr(torch, dtype)
-        self.loss_scaler = torch.amp.GradScaler('cpu', enabled=dtype == 'float16')
+        float16 = dtype == 'float16'
+        self.loss_scaler = torch.amp.GradScaler('cpu') if float16 else torch.cuda.amp.GradScaler(enabled=False)
 
     @contextlib.contextmanager
     def optim_context(self, model):
@@ -75,15 +78,20 @@ def train(cfg, work_dir, **optim_wrapper):
     return [loss['loss'] for loss in losses.losses], runner.model
 
 
-def test_training_in_half_precision_ends_as_in_full(cfg, tmp_path):
+@pytest.fixture(scope='module')
+def expected(cfg, tmp_path_factory):
+    """The losses in float32."""
+    return train(copy.deepcopy(cfg), tmp_path_factory.mktemp('float32'))[0]
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', pytest.param('float16', marks=needs('float16 training on a CPU'))])
+def test_training_in_half_precision_ends_as_in_full(dtype, cfg, expected, tmp_path):
     """Finite throughout, and as near to float32 as the last iterations are to each other."""
-    expected, _ = train(cfg, tmp_path / 'float32')
-    for dtype in ('bfloat16', 'float16'):
-        losses, model = train(cfg, tmp_path / dtype, type='CPUAmpOptimWrapper', dtype=dtype)
-        assert len(losses) == ITERATIONS and all(map(math.isfinite, losses))
-        assert losses != expected, 'it was half precision'
-        state = model.state_dict()
-        assert all(value.isfinite().all() for value in state.values() if value.is_floating_point())
-        assert all(value.dtype == torch.float32 for key, value in state.items() if '.ce' in key)
-        difference = abs(statistics.mean(losses[-10:]) - statistics.mean(expected[-10:]))
-        assert difference < statistics.stdev(expected[-10:])
+    losses, model = train(copy.deepcopy(cfg), tmp_path / dtype, type='CPUAmpOptimWrapper', dtype=dtype)
+    assert len(losses) == ITERATIONS and all(map(math.isfinite, losses))
+    assert losses != expected, 'it was half precision'
+    state = model.state_dict()
+    assert all(value.isfinite().all() for value in state.values() if value.is_floating_point())
+    assert all(value.dtype == torch.float32 for key, value in state.items() if '.ce' in key)
+    difference = abs(statistics.mean(losses[-10:]) - statistics.mean(expected[-10:]))
+    assert difference < statistics.stdev(expected[-10:])

@@ -30,6 +30,7 @@ def test_copies_a_config_with_its_bases(tmp_path):
 @pytest.mark.slow
 def test_environment_and_errors():
     text = run('env').stdout
+    assert 'missing with this torch: ' in text
     assert 'mmdet_ce: ' in text and 'versions: python ' in text and 'PyTorch: ' in text and 'MMDetection: ' in text
     result = run('copy', 'none')
     assert result.returncode == 1 and result.stderr.strip() == (

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from mmdet_ce import ChannelEquilibrium
+from mmdet_ce.compat import FEATURES, TORCH
 from mmdet_ce.ops import CEOutput, channel_equilibrium_reference
+
+
+def needs(feature: str) -> pytest.MarkDecorator:
+    """Skip tests of what an older torch lacks, one of ``mmdet_ce.compat.FEATURES``."""
+    since = FEATURES[feature]
+    return pytest.mark.skipif(TORCH < since, reason=f'{feature} needs torch {since[0]}.{since[1]}: {torch.__version__}')
 
 
 def assert_agree(actual: torch.Tensor, expected, tolerance: float, name: str = '') -> None:

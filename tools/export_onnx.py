@@ -19,7 +19,10 @@ from torch import nn
 
 from mmdet_ce.checkpoints import CheckpointFileError, whole_file
 from mmdet_ce.checkpoints.trained_backbone import load_backbone
+from mmdet_ce.compat import FEATURES, TORCH
 
+if TORCH < FEATURES['torch.export and export to ONNX']:
+    sys.exit(f'error: export needs torch 2.6 or later, this is torch {torch.__version__}')
 try:
     import onnx
     import onnx_ir.passes.common as onnx_passes

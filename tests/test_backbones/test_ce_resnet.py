@@ -15,7 +15,7 @@ from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.model import convert_sync_batchnorm, revert_sync_batchnorm
 from torch.nn.modules.batchnorm import _BatchNorm
-from utils import assert_agree, randomize
+from utils import assert_agree, needs, randomize
 
 from mmdet_ce import CEResNet, ChannelEquilibrium
 from mmdet_ce.backbones.ce_resnet import norm_ce
@@ -346,6 +346,7 @@ def test_positional_arguments_as_in_mmdet():
 MEMORY_FORMATS = pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
 
 
+@needs('torch.compile without a graph break')
 @MEMORY_FORMATS
 def test_compiles_in_evaluation_without_a_graph_break(memory_format):
     backbone = randomize(CEResNet(depth=18, **TINY)).eval().to(memory_format=memory_format)
@@ -356,6 +357,7 @@ def test_compiles_in_evaluation_without_a_graph_break(memory_format):
             assert_agree(a, b, 1e-5)
 
 
+@needs('torch.compile without a graph break')
 @MEMORY_FORMATS
 @pytest.mark.parametrize('norm_eval', [True, False])
 def test_compiles_in_training(norm_eval, memory_format):

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from utils import needs
 
 pytestmark = [
     pytest.mark.kernels,
+    needs('the Triton form on a GPU'),
     pytest.mark.skipif(
         not importlib.util.find_spec('triton') or os.environ.get('TRITON_INTERPRET') == '1',
         reason='needs Triton, and not its interpreter: make test-kernels',

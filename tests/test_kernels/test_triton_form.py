@@ -9,7 +9,7 @@ import os
 import pytest
 import torch
 from torch import nn
-from utils import assert_agree, randomize, reference
+from utils import assert_agree, needs, randomize, reference
 
 from mmdet_ce import ChannelEquilibrium
 from mmdet_ce.ops import kernels
@@ -18,6 +18,7 @@ DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 RUNS = importlib.util.find_spec('triton') and (DEVICE == 'cuda' or os.environ.get('TRITON_INTERPRET') == '1')
 pytestmark = [
     pytest.mark.kernels,
+    needs('the Triton form on a GPU'),
     pytest.mark.skipif(not RUNS, reason='needs Triton and a GPU, or its interpreter: make test-kernels'),
 ]
 # Of the largest magnitude: of the statistics and parameters, of the maps. A GPU multiplies 16-bit maps in TF32.
