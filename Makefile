@@ -23,7 +23,7 @@ demo: setup
 
 test: setup $(if $(filter newest,$(VERSIONS)),lint)
 	@$(VENV)/bin/python tools/setup_env.py $(VERSIONS) $(if $(filter-out oldest,$(VERSIONS)),--imagenet)
-	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadgroup $(PYTEST)
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
 
 # The same suite with what most users of MMDetection have, and with the oldest versions that are supported.
 test-common test-oldest:
