@@ -19,7 +19,8 @@ from mmengine.config import Config
 from utils import randomize
 
 import mmdet_ce
-from mmdet_ce.environment import SUPPORTED
+from mmdet_ce.compat import FEATURES
+from mmdet_ce.environment import SUPPORTED, TESTED
 from mmdet_ce.ops.kernels import TESTED_CAPABILITIES
 
 PAGES = [
@@ -143,7 +144,8 @@ def test_commands_have_the_options_that_are_named(page):
 
 @every_page
 def test_make_targets_exist(page):
-    targets = set(re.findall(r'^([\w-]+):', (ROOT / 'Makefile').read_text(), flags=re.M))
+    lines = re.findall(r'^([\w -]+):', (ROOT / 'Makefile').read_text(), flags=re.M)
+    targets = {target for line in lines for target in line.split()}
     code = [*blocks(page, 'bash'), *re.findall(r'`(make [^`]+)`', page.read_text())]
     named = {target for piece in code for target in re.findall(r'^make ([\w-]+)', piece, flags=re.M)}
     assert named <= targets
@@ -164,6 +166,20 @@ def test_python_blocks_are_python(page):
 def test_the_readme_names_the_supported_versions():
     text = README.read_text()
     missing = [name for name, (low, _) in SUPPORTED.items() if f'{name} >= {low}' not in text]
+    assert not missing
+
+
+def test_the_benchmarks_name_the_tested_versions():
+    text = (ROOT / 'docs/benchmarks.md').read_text()
+    columns = ('python', 'torch', 'mmcv', 'mmengine', 'mmdet')
+    rows = [' | '.join([name, *(versions[column] for column in columns)]) for name, versions in TESTED.items()]
+    missing = [row for row in rows if f'| {row} |' not in text]
+    assert not missing
+
+
+def test_the_usage_page_names_what_an_older_torch_lacks():
+    text = USAGE.read_text()
+    missing = [name for name, (a, b) in FEATURES.items() if f'| {name} | {a}.{b} |' not in text]
     assert not missing
 
 
