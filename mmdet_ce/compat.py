@@ -58,6 +58,15 @@ def is_dynamo_compiling() -> bool:
     return TORCH >= (2, 3) and torch.compiler.is_dynamo_compiling()
 
 
+def outside_graphs(function: Callable) -> Callable:
+    """Keep a function out of the graphs of torch.compile that cannot trace it. torch 2.6: nothing is kept out."""
+    if TORCH >= FEATURES['torch.compile without a graph break']:
+        return function
+    import torch._dynamo
+
+    return torch._dynamo.disable(function)
+
+
 def assume_constant_result(function: Callable) -> Callable:
     """Let torch.compile take a result for a constant. torch 2.1: torch.compiler.assume_constant_result."""
     return torch.compiler.assume_constant_result(function) if TORCH >= (2, 1) else function

@@ -42,6 +42,7 @@ def check_stages(
     return tuple(stages) if ce_cfg is not None else (False,) * num_stages
 
 
+@compat.outside_graphs
 def norm_ce(
     norm: nn.Module,
     ce: Optional[ChannelEquilibrium],

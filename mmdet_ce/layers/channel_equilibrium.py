@@ -148,6 +148,7 @@ class ChannelEquilibrium(nn.Module):
         self.bd = BatchDecorrelation(self.num_groups, self.group_size, num_iterations, eps)
         self.ir = InstanceReweighting(in_channels, reduction)
 
+    @compat.outside_graphs
     def forward(
         self,
         x: Tensor,

@@ -15,11 +15,12 @@ from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.model import convert_sync_batchnorm, revert_sync_batchnorm
 from torch.nn.modules.batchnorm import _BatchNorm
-from utils import assert_agree, needs, randomize
+from utils import assert_agree, randomize
 
 from mmdet_ce import CEResNet, ChannelEquilibrium
 from mmdet_ce.backbones.ce_resnet import norm_ce
 from mmdet_ce.checkpoints.official import convert_official_state_dict
+from mmdet_ce.compat import FEATURES, TORCH
 
 TINY = dict(base_channels=16)
 OFF = [dict(ce_cfg=None), dict(stage_with_ce=(False,) * 4, stem_with_ce=False)]
@@ -343,21 +344,21 @@ def test_positional_arguments_as_in_mmdet():
     assert CEResNet(18, 1, 16, 16, 4).conv1.weight.shape == (16, 1, 7, 7)
 
 
+# torch.compile as one graph, where torch can
+COMPILE = dict(fullgraph=TORCH >= FEATURES['torch.compile without a graph break'], backend='aot_eager')
 MEMORY_FORMATS = pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
 
 
-@needs('torch.compile without a graph break')
 @MEMORY_FORMATS
-def test_compiles_in_evaluation_without_a_graph_break(memory_format):
+def test_compiles_in_evaluation(memory_format):
     backbone = randomize(CEResNet(depth=18, **TINY)).eval().to(memory_format=memory_format)
     x = torch.randn(1, 3, 32, 32).to(memory_format=memory_format)
     with torch.no_grad():
-        outs = torch.compile(backbone, fullgraph=True, backend='aot_eager')(x)
+        outs = torch.compile(backbone, **COMPILE)(x)
         for a, b in zip(outs, backbone(x)):
             assert_agree(a, b, 1e-5)
 
 
-@needs('torch.compile without a graph break')
 @MEMORY_FORMATS
 @pytest.mark.parametrize('norm_eval', [True, False])
 def test_compiles_in_training(norm_eval, memory_format):
@@ -365,7 +366,7 @@ def test_compiles_in_training(norm_eval, memory_format):
     backbone = randomize(backbone).train().to(memory_format=memory_format)
     other = copy.deepcopy(backbone)
     x = torch.randn(2, 3, 32, 32).to(memory_format=memory_format)
-    (expected,), (out,) = backbone(x), torch.compile(other, fullgraph=True, backend='aot_eager')(x)
+    (expected,), (out,) = backbone(x), torch.compile(other, **COMPILE)(x)
     expected.square().mean().backward(), out.square().mean().backward()
     assert_agree(out, expected, 1e-5)
     for (name, a), b in zip(other.named_parameters(), backbone.parameters()):
