@@ -2,8 +2,6 @@
 
 from .files import (
     CheckpointFileError,
-    FolderInUseError,
-    lock_folder,
     read_checkpoint,
     read_predictions,
     sha256,
@@ -11,11 +9,13 @@ from .files import (
     whole_file,
     write_checkpoint,
 )
+from .folder_lock import FolderInUseError, FolderLock, lock_folder
 from .loader import load_from_http, load_from_local, register_loaders
 
 __all__ = [
     'CheckpointFileError',
     'FolderInUseError',
+    'FolderLock',
     'load_from_http',
     'load_from_local',
     'lock_folder',

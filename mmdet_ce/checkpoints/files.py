@@ -10,7 +10,7 @@ import pickle
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Optional, TextIO
+from typing import Any, BinaryIO
 
 import torch
 
@@ -93,38 +93,6 @@ def state_dict_of(checkpoint: Any, path: str | Path) -> dict[str, Any]:
     if not isinstance(state_dict, dict):
         raise ValueError(f'{path} holds no state dict; expected a checkpoint of a training, like epoch_12.pth')
     return state_dict
-
-
-class FolderInUseError(RuntimeError):
-    """A work directory that another training writes to."""
-
-
-def lock_folder(folder: str | Path) -> Optional[TextIO]:
-    """Take a work directory for this process alone, until the returned file is closed or the process ends.
-
-    Returns:
-        The locked file; None where the system or the file system has no such locks.
-
-    Raises:
-        FolderInUseError: If another process has it.
-    """
-    path = Path(folder) / '.lock'
-    try:
-        import fcntl  # not on Windows
-
-        file = open(path, 'w')  # noqa: SIM115 - it stays open while the lock is held
-    except (ImportError, OSError):
-        return None
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not kept by data loader workers
-        return file
-    except OSError as error:
-        file.close()
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            return None
-    raise FolderInUseError(
-        f'another training writes to {Path(folder).absolute()}; wait for it or stop it, or name another --work-dir'
-    )
 
 
 @contextlib.contextmanager

@@ -172,8 +172,9 @@ def _check_message_hub(hub: Any, path: Path) -> list[str]:
         if not own and value is not None:
             del info[key]
             notes.append(f'message_hub.runtime_info.{ascii(key)[1:41]}, a path outside its folder')
-    ids = info.get('keep_ckpt_ids', [])
-    _expect(type(ids) is list and all(type(i) is int for i in ids), 'its keep_ckpt_ids are no numbers')
+    for key in ('keep_ckpt_ids', 'outdated_ckpt_ids'):
+        ids = info.get(key, [])
+        _expect(type(ids) is list and all(type(i) is int for i in ids), f'its {key} are no numbers')
     return notes
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os.path as osp
 from collections import deque
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Optional, TextIO, Union
+from typing import Any, List, Optional, Union
 
 from mmdet.registry import HOOKS
 from mmengine.dist import is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook
-from mmengine.logging import print_log
+from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.runner import Runner
 
-from ..checkpoints import lock_folder, whole_file
+from ..checkpoints import FolderLock, lock_folder, whole_file
 
 
 @register_backend('atomic')
@@ -31,77 +32,74 @@ class AtomicLocalBackend(LocalBackend):
         self.put(obj.encode(encoding), filepath)
 
 
+# mmengine's registry serves the bare name in every scope, mmdet's serves 'mmdet.AtomicCheckpointHook'.
+@MMENGINE_HOOKS.register_module()
 @HOOKS.register_module()
 class AtomicCheckpointHook(CheckpointHook):
     """mmengine's CheckpointHook, such that a training killed at any moment has a whole checkpoint to resume from.
 
     mmengine writes a checkpoint, and ``last_checkpoint``, in place, and deletes the outdated ones, the previous best
     too, before it writes the new one: with ``max_keep_ckpts=1`` a kill then loses the run. Here the new file is written
-    beside its place and moved there, then ``last_checkpoint`` names it, then the outdated ones go.
+    beside its place and moved there, then ``last_checkpoint`` names it, then the outdated ones go. So there is one more
+    than ``max_keep_ckpts`` while one is written. Two trainings cannot write to one folder at a time.
 
     Args:
-        max_keep_ckpts: As in CheckpointHook. While a checkpoint is written, there is one more.
-        backend_args: As in CheckpointHook; by default local files are written whole or not at all.
-        **kwargs: Arguments of CheckpointHook.
+        *args: Arguments of CheckpointHook, in its order.
+        **kwargs: Arguments of CheckpointHook. Without ``backend_args`` and ``file_client_args`` local files are written
+            whole or not at all; a backend that is given there is used as it is.
+
+    Raises:
+        FolderInUseError: When the training starts, if another process trains in the same folder.
 
     Example:
         >>> default_hooks = dict(checkpoint=dict(type='AtomicCheckpointHook', interval=1))
     """
 
-    def __init__(self, *, backend_args: Optional[dict] = None, **kwargs: Any) -> None:
-        remote = '://' in str(kwargs.get('out_dir'))
-        if backend_args is None and kwargs.get('file_client_args') is None and not remote:
-            backend_args = dict(backend='atomic')
-        super().__init__(backend_args=backend_args, **kwargs)
-        self._lock: Optional[TextIO] = None
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.backend_args is None and self.file_client_args is None and '://' not in str(self.out_dir):
+            self.backend_args = dict(backend='atomic')
+        self._locks: List[Optional[FolderLock]] = []
 
     def before_train(self, runner: Runner) -> None:
-        """Take the work directory for this training alone, and remove what a kill in the middle of writing left."""
+        """Take the folders for this training alone, and remove what a kill left in them."""
         if is_main_process():
-            self._lock = lock_folder(runner.work_dir)
+            self._locks = [lock_folder(runner.work_dir)]
         super().before_train(runner)
-        self._forget_other_folders(runner)
-        if is_main_process() and isinstance(self.file_backend, AtomicLocalBackend):
+        if not is_main_process():
+            return
+        if self.max_keep_ckpts > 0:
+            outdated = runner.message_hub.runtime_info.get('outdated_ckpt_ids', [])
+            self._remove_steps(step for step in outdated if step not in self.keep_ckpt_ids)
+        if isinstance(self.file_backend, AtomicLocalBackend):
+            Path(self.out_dir).mkdir(parents=True, exist_ok=True)
+            self._locks.append(lock_folder(self.out_dir))
             for folder in {self.out_dir, runner.work_dir}:
                 for leftover in Path(folder).glob('.*.????????.tmp'):
                     leftover.unlink(missing_ok=True)
 
     def after_run(self, runner: Runner) -> None:
-        """Give the work directory back."""
+        """Give the folders back."""
         super().after_run(runner)
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
-
-    def _forget_other_folders(self, runner: Runner) -> None:
-        """Forget best checkpoints of other folders, which a resumed training remembers: a better one deletes them."""
-        folders = {Path(folder).absolute() for folder in (self.out_dir, runner.work_dir)}
-
-        def own(path: Optional[str]) -> Optional[str]:
-            if path is None or '://' in str(self.out_dir) or Path(path).absolute().parent in folders:
-                return path
-            print_log(f'{path}, the best checkpoint so far, is of another folder and stays', logger='current')
-            return None
-
-        if len(getattr(self, 'key_indicators', [])) > 1:
-            self.best_ckpt_path_dict = {key: own(path) for key, path in self.best_ckpt_path_dict.items()}
-        elif self.save_best:
-            self.best_ckpt_path = own(self.best_ckpt_path)
+        self._locks = []
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
         """Write the checkpoint, then name it as the last one, then delete the outdated ones."""
         outdated = []
         if self.max_keep_ckpts > 0:
             kept = [*(other for other in self.keep_ckpt_ids if other != step), step]
-            outdated, self.keep_ckpt_ids = kept[: -self.max_keep_ckpts], deque(kept[-self.max_keep_ckpts :])
-            # the outdated ones too: resumed from here, a training deletes those that a kill now would leave
+            outdated, kept = kept[: -self.max_keep_ckpts], kept[-self.max_keep_ckpts :]
+            self.keep_ckpt_ids = deque(kept, self.max_keep_ckpts)
             runner.message_hub.update_info('keep_ckpt_ids', kept)
+            # A training that is resumed from this checkpoint deletes those that a kill between here and there leaves.
+            runner.message_hub.update_info('outdated_ckpt_ids', outdated)
         name = self.filename_tmpl.format(step)
         self.last_ckpt = self.file_backend.join_path(self.out_dir, name)
         runner.message_hub.update_info('last_ckpt', self.last_ckpt)
         runner.save_checkpoint(
             self.out_dir,
             name,
+            self.file_client_args,
             save_optimizer=self.save_optimizer,
             save_param_scheduler=self.save_param_scheduler,
             meta=meta,
@@ -111,8 +109,7 @@ class AtomicCheckpointHook(CheckpointHook):
         )
         if is_main_process():
             AtomicLocalBackend().put_text(self.last_ckpt, osp.join(runner.work_dir, 'last_checkpoint'))
-            for step in outdated:
-                self._remove(self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(step)))
+            self._remove_steps(outdated)
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
         """Write the new best checkpoint, then delete the previous one."""
@@ -131,10 +128,29 @@ class AtomicCheckpointHook(CheckpointHook):
             if best[key] is None:  # not better
                 best[key] = path
             elif path not in (None, best[key]) and is_main_process():
-                self._remove(path)
+                self._remove_best(runner, path)
         if not several:
             self.best_ckpt_path = best['']
 
-    def _remove(self, path: str) -> None:
-        if self.file_backend.isfile(path):
-            self.file_backend.remove(path)
+    def _remove_best(self, runner: Runner, path: str) -> None:
+        """Delete a previous best checkpoint, unless it belongs to the training that this one was resumed from."""
+        folders = (osp.realpath(folder) for folder in (self.out_dir, runner.work_dir))
+        if osp.realpath(osp.dirname(path)) not in folders:
+            runner.logger.info(f'The previous best checkpoint {path} is of another folder and stays')
+        elif self._remove(path):
+            runner.logger.info(f'The previous best checkpoint {path} is removed')
+
+    def _remove_steps(self, steps: Iterable[int]) -> None:
+        for step in steps:
+            self._remove(self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(step)))
+
+    def _remove(self, path: str) -> bool:
+        """Delete a checkpoint, which is a folder in DeepSpeed; return whether there was one."""
+        backend = getattr(self.file_backend, 'client', self.file_backend)  # mmengine's FileClient has no rmtree
+        if backend.isfile(path):
+            backend.remove(path)
+        elif backend.isdir(path):
+            backend.rmtree(path)
+        else:
+            return False
+        return True
