@@ -6,7 +6,7 @@ import os.path as osp
 from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, List, Optional, Union
+from typing import Any, Optional, Union
 
 from mmdet.registry import HOOKS
 from mmengine.dist import is_main_process
@@ -59,7 +59,7 @@ class AtomicCheckpointHook(CheckpointHook):
         super().__init__(*args, **kwargs)
         if self.backend_args is None and self.file_client_args is None and '://' not in str(self.out_dir):
             self.backend_args = dict(backend='atomic')
-        self._locks: List[Optional[FolderLock]] = []
+        self._locks: list[Optional[FolderLock]] = []
 
     def before_train(self, runner: Runner) -> None:
         """Take the folders for this training alone, and remove what a kill left in them."""

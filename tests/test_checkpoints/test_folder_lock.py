@@ -5,23 +5,11 @@ from __future__ import annotations
 import gc
 import os
 import signal
-from pathlib import Path
 
 import pytest
+from utils import is_free
 
 from mmdet_ce.checkpoints import FolderInUseError, lock_folder
-
-
-def is_free(folder: Path) -> bool:
-    """Whether another process could train in a folder."""
-    child = os.fork()
-    if not child:
-        try:
-            lock_folder(folder)
-        except FolderInUseError:
-            os._exit(3)
-        os._exit(0)
-    return os.waitpid(child, 0)[1] == 0
 
 
 def test_another_process_is_refused_until_the_lock_is_given_back(tmp_path):

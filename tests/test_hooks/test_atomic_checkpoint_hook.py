@@ -87,8 +87,16 @@ class KillInWriting(Hook):
         resource.setrlimit(resource.RLIMIT_FSIZE, (ENOUGH, ENOUGH))
 
 
-def runner(work_dir, epochs, hook='AtomicCheckpointHook', resume=False, **kwargs) -> Runner:
-    loader = dict(dataset=dict(type='Vectors'), batch_size=1, sampler=dict(type='DefaultSampler', shuffle=False))
+def runner(
+    work_dir, epochs, hook='AtomicCheckpointHook', resume=False, load_from=None, num_workers=0, **kwargs
+) -> Runner:
+    loader = dict(
+        dataset=dict(type='Vectors'),
+        batch_size=1,
+        sampler=dict(type='DefaultSampler', shuffle=False),
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+    )
     return Runner(
         model=Linear(),
         work_dir=str(work_dir),
@@ -103,6 +111,7 @@ def runner(work_dir, epochs, hook='AtomicCheckpointHook', resume=False, **kwargs
         experiment_name=f'{work_dir.name}-{epochs}',
         log_level='ERROR',
         resume=resume,
+        load_from=load_from,
     )
 
 
