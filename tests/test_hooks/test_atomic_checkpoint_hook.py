@@ -95,7 +95,6 @@ def runner(
         batch_size=1,
         sampler=dict(type='DefaultSampler', shuffle=False),
         num_workers=num_workers,
-        persistent_workers=num_workers > 0,
     )
     return Runner(
         model=Linear(),
@@ -159,21 +158,6 @@ def test_kill_in_writing_the_best_checkpoint(hook, save_best, tmp_path):
         assert best == {'best_acc_epoch_2.pth'} and find_damage(tmp_path / 'best_acc_epoch_2.pth')
     else:
         assert best == {'best_acc_epoch_1.pth'} and not find_damage(tmp_path / 'best_acc_epoch_1.pth')
-
-
-def test_keeps_what_mmengine_keeps(tmp_path):
-    for hook in ('AtomicCheckpointHook', 'CheckpointHook'):
-        folder = tmp_path / hook
-        keep = dict(max_keep_ckpts=2, save_best=['acc', 'top'], published_keys=['meta', 'state_dict'])
-        runner(folder, epochs=3, hook=hook, **keep).train()
-        runner(folder, epochs=4, hook=hook, resume=True, **keep).train()
-        published = [name for name in names(folder) if name.count('-')]
-        assert published and names(folder) - {*published} == {
-            'epoch_3.pth', 'epoch_4.pth', 'best_acc_epoch_3.pth', 'best_top_epoch_1.pth'
-        }  # fmt: skip
-        hub = read_checkpoint(folder / 'epoch_4.pth')['message_hub']['runtime_info']
-        assert Path(hub['last_ckpt']).name == 'epoch_4.pth'
-        assert (folder / 'last_checkpoint').read_text() == str(folder / 'epoch_4.pth')
 
 
 def test_outdated_checkpoint_of_a_kill_before_its_deletion_goes_later(tmp_path):

@@ -75,9 +75,8 @@ def test_a_training_after_one_that_failed_in_the_same_process(tmp_path):
     assert is_free(tmp_path)
 
 
-def test_data_loader_workers_that_stay_alive_do_not_keep_the_folder(tmp_path):
-    run = runner(tmp_path, 1, num_workers=1)
-    run.train()
+def test_data_loader_workers_neither_keep_nor_drop_the_folder(tmp_path):
+    assert train(tmp_path, 2, num_workers=1) == [False, False]
     assert is_free(tmp_path)
 
 
