@@ -87,7 +87,10 @@ class CEResNet(CEBackbone, ResNet):
 
     By default CE sits where the released network has it: in the stem (``ce1``, between norm and ReLU) and in every
     residual block of stages 1 to 3 (``layerN.M.ce``), none in stage 4. With CE switched off everywhere it is mmdet's
-    ResNet, names and numbers included.
+    ResNet: names, random start, and outputs, gradients and running values to the bit. The exception is
+    ``with_cp=True``: gradients then agree up to rounding, and with ``norm_eval=False`` a step moves the running values
+    of a block's norms once (``num_batches_tracked`` grows by 1), where mmdet's moves them again as it recomputes the
+    block (by 2).
 
     Training and evaluation. ``frozen_stages`` freezes CE together with its stage, and the stem's with the stem.
     ``norm_eval=True``, mmdet's default, puts CE in evaluation together with the norms: its running statistics are used

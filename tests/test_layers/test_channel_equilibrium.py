@@ -267,6 +267,11 @@ def test_bad_input_dtype(dtype):
         ChannelEquilibrium(32)(torch.zeros(2, 32, 4, 4).to(dtype))
 
 
+def test_bad_input_layout():
+    with pytest.raises(ValueError, match='expects a dense tensor, got one of layout torch.sparse_coo'):
+        ChannelEquilibrium(32)(torch.zeros(2, 32, 4, 4).to_sparse())
+
+
 def test_state_dict_keys():
     """Renaming one breaks users' checkpoints."""
     assert [*ChannelEquilibrium(32).state_dict()] == [
