@@ -65,12 +65,12 @@ def norm_ce(
         relu: The activation at the end, or None.
     """
     # Exactly this class: a subclass may compute something else.
-    if type(ce) is ChannelEquilibrium and not (is_tracing() or _has_hooks(ce)):
+    if type(ce) is ChannelEquilibrium and not (is_tracing() or has_hooks(ce)):
         # Exactly these classes, as above
         foldable = type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) and norm.track_running_stats
-        folded = foldable and not (norm.training or _has_hooks(norm))
+        folded = foldable and not (norm.training or has_hooks(norm))
         takes_shortcut = shortcut is not None and shortcut.shape == x.shape
-        takes_relu = type(relu) is nn.ReLU and (takes_shortcut or shortcut is None) and not _has_hooks(relu)
+        takes_relu = type(relu) is nn.ReLU and (takes_shortcut or shortcut is None) and not has_hooks(relu)
         out = ce(
             x if folded else norm(x), norm if folded else None, shortcut if takes_shortcut else None, relu=takes_relu
         )
@@ -83,7 +83,8 @@ def norm_ce(
     return out if relu is None else relu(out)
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether a call of the module does more than its class says: hooks, its own or global, or a new forward."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks

@@ -10,7 +10,7 @@ from mmdet.models.layers import InvertedResidual
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 
-from .ce_backbone import CEBackbone, build_ce, check_stages, norm_ce, run_block
+from .ce_backbone import CEBackbone, build_ce, check_stages, has_hooks, norm_ce, run_block
 
 
 class CEInvertedResidual(InvertedResidual):
@@ -34,10 +34,14 @@ class CEInvertedResidual(InvertedResidual):
             out = self.depthwise_conv(out)
             if self.with_se:
                 out = self.se(out)
-            out = self.linear_conv.conv(out)
-            if self.with_res_shortcut and isinstance(self.drop_path, nn.Identity):
-                return norm_ce(self.linear_conv.norm, self.ce, out, x)
-            out = norm_ce(self.linear_conv.norm, self.ce, out)
+            projection = self.linear_conv
+            if self.ce is None or not projection.with_norm or has_hooks(projection):
+                out = projection(out)
+                out = out if self.ce is None else self.ce(out)
+            elif self.with_res_shortcut and isinstance(self.drop_path, nn.Identity):
+                return norm_ce(projection.norm, self.ce, projection.conv(out), x)
+            else:
+                out = norm_ce(projection.norm, self.ce, projection.conv(out))
             return x + self.drop_path(out) if self.with_res_shortcut else out
 
         return run_block(self, _inner_forward, x)

@@ -110,11 +110,13 @@ class CEResNet(CEBackbone, ResNet):
             and update the batch's statistics beside a frozen norm. Frozen stages stay in evaluation in any case.
         zero_init_residual: Whether to zero the last norm of each block where weights are initialized at random. None
             zeroes it where no CE follows it, as the released network has it: CE is invariant to its input's scale
-            in one branch, so a small gamma before it does not make a small residual.
+            in one branch, so a small gamma before it does not make a small residual. With CE switched off everywhere
+            it means what it means to mmdet's class, and None is mmdet's default.
         **kwargs: See mmdet's ResNet.
 
     Raises:
         KeyError: If ``depth`` is none of the above.
+        AssertionError: If mmdet's ResNet refuses one of its own arguments.
         ValueError: If ``stage_with_ce`` does not have one value for each stage, ``ce_position`` is none of the above
             or the network has no bottlenecks for it, ``ce_cfg`` is no dict, or a CE argument is out of range.
 
@@ -134,6 +136,7 @@ class CEResNet(CEBackbone, ResNet):
         depth: (CEBasicBlock if block is BasicBlock else CEBottleneck, stage_blocks)
         for depth, (block, stage_blocks) in ResNet.arch_settings.items()
     }
+    plain_zero_init = True  # whether mmdet's class knows zero_init_residual
 
     def __init__(
         self,
@@ -154,15 +157,11 @@ class CEResNet(CEBackbone, ResNet):
     ) -> None:
         if depth not in self.arch_settings:
             raise KeyError(f'invalid depth {depth} for {type(self).__name__}; expected one of {[*self.arch_settings]}')
-        if ce_position not in ('after_norm3', 'after_norm2'):
-            raise ValueError(f"ce_position must be 'after_norm3' or 'after_norm2', got {ce_position!r}")
-        if ce_position == 'after_norm2' and not issubclass(self.arch_settings[depth][0], Bottleneck):
-            raise ValueError(f"ce_position='after_norm2' needs bottlenecks, and depth {depth} has none; leave it out")
         # Set before ResNet's constructor, which calls the methods below.
         self.ce_cfg = ce_cfg
-        default = (True, True, True, False)[:num_stages]
-        self.stage_with_ce = check_stages(stage_with_ce, default, num_stages, ce_cfg)
-        self.stem_ce_cfg = {**ce_cfg, **(stem_ce_cfg or {})} if ce_cfg is not None and stem_with_ce else None
+        self.stage_with_ce = stage_with_ce
+        self.stem_with_ce = stem_with_ce
+        self.stem_ce_cfg = stem_ce_cfg
         self.ce_position = ce_position
         self._random_init = kwargs.get('init_cfg') is None and kwargs.get('pretrained') is None
         super().__init__(
@@ -180,10 +179,7 @@ class CEResNet(CEBackbone, ResNet):
     def make_res_layer(self, **kwargs: Any) -> nn.Module:
         """Pack all blocks of the next stage, with or without CE, into a ``ResLayer``."""
         ce = self.ce_cfg if self.stage_with_ce[len(self.res_layers)] else None
-        zero_init = self.zero_init_residual
-        if zero_init is None:
-            zero_init = ce is None or self.ce_position != 'after_norm3'
-        if self._random_init and zero_init:
+        if self._random_init and self._zeroes_last_norms(ce):
             # ResNet does this for its own block classes only.
             last_norm = 'norm3' if issubclass(self.block, Bottleneck) else 'norm2'
             kwargs['init_cfg'] = dict(type='Constant', val=0, override=dict(name=last_norm))
@@ -191,7 +187,28 @@ class CEResNet(CEBackbone, ResNet):
             kwargs['ce_position'] = self.ce_position
         return super().make_res_layer(ce=ce, **kwargs)
 
+    def _zeroes_last_norms(self, ce: Optional[dict]) -> bool:
+        """Return whether the last norm of each block of a stage starts at zero; ``ce`` are the CE arguments there."""
+        if self.stem_ce_cfg is None and not any(self.stage_with_ce):
+            return self.plain_zero_init and self.zero_init_residual in (None, True)
+        if self.zero_init_residual is None:
+            return ce is None or self.ce_position != 'after_norm3'
+        return self.zero_init_residual
+
+    def _check_ce_arguments(self) -> None:
+        if self.ce_position not in ('after_norm3', 'after_norm2'):
+            raise ValueError(f"ce_position must be 'after_norm3' or 'after_norm2', got {self.ce_position!r}")
+        if self.ce_position == 'after_norm2' and not issubclass(self.block, Bottleneck):
+            raise ValueError(
+                f"ce_position='after_norm2' needs bottlenecks, and depth {self.depth} has none; leave it out"
+            )
+        default = (True, True, True, False)[: self.num_stages]
+        self.stage_with_ce = check_stages(self.stage_with_ce, default, self.num_stages, self.ce_cfg)
+        has_stem_ce = self.ce_cfg is not None and self.stem_with_ce
+        self.stem_ce_cfg = {**self.ce_cfg, **(self.stem_ce_cfg or {})} if has_stem_ce else None
+
     def _make_stem_layer(self, in_channels: int, stem_channels: int) -> None:
+        self._check_ce_arguments()  # here, where ResNet's constructor has just checked its own
         super()._make_stem_layer(in_channels, stem_channels)
         self.ce1 = None if self.stem_ce_cfg is None else build_ce(self.stem_ce_cfg, stem_channels)
 

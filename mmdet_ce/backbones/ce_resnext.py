@@ -27,6 +27,7 @@ class CEResNeXt(CEResNet):
     """
 
     arch_settings = {depth: (CEResNeXtBottleneck, blocks) for depth, (_, blocks) in ResNeXt.arch_settings.items()}
+    plain_zero_init = False  # mmdet's ResNeXt leaves zero_init_residual without effect
 
     def __init__(self, groups: int = 1, base_width: int = 4, **kwargs: Any) -> None:
         self.groups = groups

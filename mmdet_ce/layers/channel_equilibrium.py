@@ -104,7 +104,7 @@ class ChannelEquilibrium(nn.Module):
 
     Raises:
         ValueError: If the channels cannot be grouped, an argument is out of range, or an input is not (N, C, H, W),
-            is empty, or has another C or dtype.
+            is empty, is sparse, or has another C or dtype.
 
     Example:
         >>> import torch
@@ -201,15 +201,20 @@ class ChannelEquilibrium(nn.Module):
     @property
     def is_identity(self) -> bool:
         """Whether the block has started as the identity and CE has not grown in yet."""
-        return self.alpha is not None and bool(self.alpha == 0)
+        return self.alpha is not None and _is_true(self.alpha == 0)
 
     @property
     def lacks_statistics(self) -> bool:
-        """Whether no data ever updated the running values: then P_T is still exactly I and the mean exactly 0."""
+        """Whether no data ever updated the running values: then P_T is still exactly I and the mean exactly 0.
+
+        False too where nothing says so: for meta and fake tensors, which have no values.
+        """
         eye = torch.eye(self.group_size, device=self.bd.running_whitening.device)
-        return bool((self.bd.running_mean == 0).all() and (self.bd.running_whitening == eye).all())
+        return _is_true((self.bd.running_mean == 0).all() & (self.bd.running_whitening == eye).all())
 
     def _check_input(self, x: Tensor) -> None:
+        if x.layout != torch.strided:
+            raise ValueError(f'ChannelEquilibrium expects a dense tensor, got one of layout {x.layout}')
         if x.dim() != 4 or x.shape[1] != self.in_channels or x.numel() == 0:
             raise ValueError(
                 f'ChannelEquilibrium expects a non-empty (N, {self.in_channels}, H, W) tensor, got {tuple(x.shape)}'
@@ -221,6 +226,11 @@ class ChannelEquilibrium(nn.Module):
         """Describe the arguments that shape the block."""
         text = f'{self.in_channels}, num_channels={self.group_size}, num_iterations={self.bd.num_iterations}'
         return text + ', identity_start=True' * (self.alpha is not None) + ', sync=True' * self.sync
+
+
+def _is_true(flag: Tensor) -> bool:
+    """Return whether a tensor of one element is true; False for one that has no value: a meta or a fake tensor."""
+    return type(flag) is Tensor and not flag.is_meta and bool(flag)
 
 
 def _group_size(in_channels: int, num_channels: int) -> int:
