@@ -125,10 +125,10 @@ def test_hostile_files_are_refused(hostile_files):
     functions = torch.Tensor.isnan, HistoryBuffer.current, dict(HistoryBuffer._statistics_methods)
     for name, path in paths.items():
         for load in (read_checkpoint, CheckpointLoader.load_checkpoint):
-            start = time.monotonic()
+            start = time.process_time()
             with pytest.raises(CheckpointFileError) as info:
                 pytest.fail(f'{name}: {load(str(path))}')
-            assert time.monotonic() - start < 2, name
+            assert time.process_time() - start < 2, name
             message = str(info.value)
             assert str(path) in message and '\n' not in message and len(message) < len(str(path)) + 300, (name, message)
             assert not marker.exists(), name
