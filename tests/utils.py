@@ -12,7 +12,7 @@ import torch
 from mmdet_ce import ChannelEquilibrium
 from mmdet_ce.checkpoints import FolderInUseError, lock_folder
 from mmdet_ce.compat import FEATURES, TORCH
-from mmdet_ce.ops import CEOutput, channel_equilibrium_reference
+from mmdet_ce.ops.reference import ReferenceOutput, channel_equilibrium_reference
 
 
 def needs(feature: str) -> pytest.MarkDecorator:
@@ -52,7 +52,7 @@ def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return module
 
 
-def reference(ce: ChannelEquilibrium, x: torch.Tensor) -> CEOutput:
+def reference(ce: ChannelEquilibrium, x: torch.Tensor) -> ReferenceOutput:
     """Run the oracle with the parameters of ``ce``, in its mode and dtype."""
     running = {} if ce.training else dict(running_whitening=ce.bd.running_whitening, running_scale=ce.ir.running_scale)
     return channel_equilibrium_reference(

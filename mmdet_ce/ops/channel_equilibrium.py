@@ -12,8 +12,11 @@ The backward pass works the same way, and keeps nothing of the size of x but x a
 
     dy -> 0 where y = 0                           the gradient of the shortcut
     dM, dc = dy x^T, sum(dy)                      a reduction
-    dM, dc -> dparameters, dS, dm                 small matrices
-    dx = M^T dy + 2 dS (x - m) + dm / L           two products; one in evaluation, where dS is diagonal
+    dM, dc -> dparameters, dv, dSigma -> K, k     small matrices
+    dx = M^T dy + K x - k                         two products; one in evaluation, where K is diagonal
+
+The last line is K_1 (x - mu) + K_2 (x - m): through Sigma with K_1 = 2 dSigma / (N L), a matrix of each group; through
+v with K_2 = 2 diag(dv) / (L - 1), a diagonal of each sample and group.
 
 A norm in evaluation is an affine map x = a z + b, so CE after it is M (a z + b): the moments of x follow from those of
 z, and only z is kept.
@@ -105,7 +108,7 @@ def channel_equilibrium(
             statistics = [None if t is None else t.detach() for t in (c.mean, c.whitening, c.scale)]
         else:
             out, *statistics = _ChannelEquilibrium.apply(x, residual, relu, options, *inputs)
-    return CEOutput(out, *statistics)
+    return CEOutput(out, *statistics) if training else CEOutput(out, None, running_whitening, running_scale)
 
 
 def _forward(
@@ -147,10 +150,10 @@ class _ChannelEquilibrium(torch.autograd.Function):
             z = maps.group(x, ctx.options.group_size, ctx.options.map_dtype, ctx.channels_last)
             has_norm = inputs.norm_running_mean is not None
             d_matrix, d_constant, d_residual, dy = maps.reduce_backward(grad, z, out, has_norm)
-            symmetric, constant, d_inputs = coefficients.coefficients_backward(
+            slope, offset, d_inputs = coefficients.coefficients_backward(
                 saved, x.shape[2] * x.shape[3], d_matrix, d_constant, inputs, ctx.options
             )
-            d_x = maps.apply_backward(dy, z, matrix, symmetric, constant) if ctx.needs_input_grad[0] else None
+            d_x = maps.apply_backward(dy, z, matrix, slope, offset) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             d_residual = None
         return d_x, d_residual, None, None, None, None, *d_inputs

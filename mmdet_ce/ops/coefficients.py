@@ -15,9 +15,10 @@ from torch import Tensor
 
 from .batch import BatchStatistics, batch_statistics, covariance_backward, scale_backward
 from .gate import GateParameters, GateState, gate, gate_backward
+from .maps import SCATTER_UNIT
 from .mixture import MixtureState, mixture, mixture_backward
 from .newton import whitening, whitening_backward
-from .norm_affine import EvalNorm, Folded, Unfolded
+from .norm_affine import EvalNorm, Folded, Unfolded, restored
 from .processes import OneProcess
 
 
@@ -50,13 +51,13 @@ class Options(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """M, and the statistics that it was computed with."""
+    """M, and the statistics of the batch that it was computed with; None in evaluation."""
 
     matrix: Tensor  # (N, G, d, d), what z is multiplied with
-    constant: Optional[Tensor]  # (N, G, d), what is added
-    mean: Optional[Tensor]  # (G, d, 1), mu; None in evaluation
-    whitening: Tensor  # (G, d, d)
-    scale: Tensor  # (1,)
+    constant: Optional[Tensor]  # c, (N, G, d), what is added
+    mean: Optional[Tensor]  # (G, d, 1), mu of x
+    whitening: Optional[Tensor]  # (G, d, d), P_T
+    scale: Optional[Tensor]  # (1,), s
     saved: tuple[Optional[Tensor], ...]  # for the backward pass
 
 
@@ -65,31 +66,33 @@ def coefficients(sample_means: Tensor, scatter: Tensor, length: int, inputs: Inp
 
     Args:
         sample_means: m, (N, G, d).
-        scatter: S, (N, G, d, d); in evaluation its diagonal, (N, G, d).
+        scatter: S, (N, G, d, d), in units of ``SCATTER_UNIT``; in evaluation its diagonal, (N, G, d).
         length: Positions L of a sample.
         inputs: The tensors beside the map.
         options: The arguments.
     """
     training = options.running is None
-    norm, alpha, theta, parameters = _converted(inputs, options)
+    norm, alpha, parameters = _norm(inputs, options), _alpha(inputs, options), _gate_parameters(inputs, options)
     sample_means, scatter = sample_means.to(options.dtype), scatter.to(options.dtype)
-    own_variance = (scatter.diagonal(dim1=2, dim2=3) if training else scatter) / max(length - 1, 1)
-    variance = norm.variance(own_variance)  # v; of a 1x1 map 0
+    squares = scatter.diagonal(dim1=2, dim2=3) if training else scatter
+    z_variance = squares * (SCATTER_UNIT / max(length - 1, 1))
+    variance = norm.variance(z_variance)  # v; of a 1x1 map 0
     gates = gate(variance.flatten(1), parameters)
-    statistics = trace = normalized = None
+    batch = newton = None
     if training:
-        statistics = batch_statistics(sample_means, scatter, length, variance, norm, options.processes)
-        covariance = norm.covariance(statistics.covariance)
-        trace, normalized, p = whitening(covariance, options.eps, options.num_iterations)
-        scale = statistics.scale
+        batch = batch_statistics(sample_means, scatter, length, variance, norm, options.processes, options.map_dtype)
+        newton = whitening(norm.covariance(batch.z_covariance), options.eps, options.num_iterations)
+        p, scale = newton.whitening, batch.scale
     else:
-        # Copied: a training pass may update the buffers in place before the backward pass of this one
-        p, scale = (t.to(options.dtype, copy=True) for t in options.running)
-    mixed = mixture(p, gates.gate, scale, theta, alpha)
+        # P is copied: a training pass may update the buffer in place before the backward pass of this one
+        p, scale = options.running[0].to(options.dtype, copy=True), options.running[1].to(options.dtype)
+    mixed = mixture(p, gates.gate, scale, inputs.theta.to(options.dtype), alpha)
     matrix, constant = norm.fold(mixed.matrix)
-    saved = sample_means, own_variance, trace, normalized, *gates, *mixed, *(_tensors(statistics))
-    mean = statistics.mean[..., None] if training else None
-    return Coefficients(matrix, constant, mean, p, scale, saved)
+    saved = sample_means, z_variance, *norm.saved, *gates, *mixed
+    if not training:
+        return Coefficients(matrix, constant, None, None, None, saved)
+    saved = *saved, newton.trace, newton.normalized, *_tensors(batch)
+    return Coefficients(matrix, constant, norm.mean(batch.z_mean)[..., None], p, scale, saved)
 
 
 def coefficients_backward(
@@ -111,80 +114,86 @@ def coefficients_backward(
         options: Those of the forward pass.
 
     Returns:
-        S, (N, G, d, d), or where it is diagonal its diagonal, (N, G, d); the constant of dx, (N, G, d); and the
-        gradients of ``inputs``, from the norm's weight on.
+        K, (N, G, d, d), or where it is diagonal its diagonal, (N, G, d), and k, (N, G, d), in dx = M^T dy + K x - k;
+        and the gradients of ``inputs``, from the norm's weight on.
     """
-    sample_means, own_variance, trace, normalized, *rest = saved
-    gates, mixed = GateState(*rest[:6]), MixtureState(*rest[6:11])
-    norm, alpha, _, parameters = _converted(inputs, options)
+    sample_means, z_variance, *saved = saved
+    norm, saved = restored(saved, has_weight=inputs.norm_weight is not None)
+    gates, saved = _first(saved, GateState)
+    mixed, saved = _first(saved, MixtureState)
+    training = options.running is None
     d_matrix = d_matrix.to(options.dtype)
     d_constant = None if d_constant is None else d_constant.to(options.dtype)
-    mixture_gradients = mixture_backward(mixed, alpha, norm.fold_backward(mixed.matrix, d_matrix, d_constant))
-    d_variance, d_parameters = gate_backward(gates, parameters, mixture_gradients.log_gate)
-    covariance_part = None
-    if options.running is None:
-        statistics = _statistics(rest[11:], len(sample_means), length)
+    d_matrix = norm.fold_backward(mixed.matrix, d_matrix, d_constant)
+    d_mixture = mixture_backward(mixed, _alpha(inputs, options), d_matrix, training)
+    d_variance, d_parameters = gate_backward(gates, _gate_parameters(inputs, options), d_mixture.log_gate)
+    through_covariance = None
+    if training:
+        trace, normalized, *saved = saved
+        batch = _batch(saved, len(sample_means), length)
         # P and s come from all processes and serve all
-        d_whitening, by_scale = options.processes.sums(mixture_gradients.whitening, mixture_gradients.log_inverse_scale)
-        d_variance = d_variance - scale_backward(statistics, d_variance.shape[1], by_scale)
+        d_whitening, d_log_inverse_scale = options.processes.sums(d_mixture.whitening, d_mixture.log_inverse_scale)
+        d_variance = scale_backward(batch, d_variance, d_log_inverse_scale)
         d_covariance = whitening_backward(trace, normalized, options.num_iterations, d_whitening)
         # All processes compute the same here, and their gradients will be added
-        d_covariance = norm.covariance_backward(statistics.covariance, d_covariance, 1 / options.processes.size)
-        covariance_part = covariance_backward(statistics, d_covariance)
-    d_variance = norm.variance_backward(own_variance, d_variance.view_as(sample_means))
-    symmetric, constant = _dx(sample_means, length, d_variance, covariance_part)
-    return (
-        symmetric,
-        constant,
-        (
-            *norm.gradients(),
-            mixture_gradients.alpha,
-            mixture_gradients.theta,
-            *d_parameters,
-        ),
-    )
+        d_covariance = norm.covariance_backward(batch.z_covariance, d_covariance, 1 / options.processes.size)
+        through_covariance = covariance_backward(batch, d_covariance)
+    d_variance = norm.variance_backward(z_variance, d_variance.view_as(sample_means))
+    slope, offset = _dx(sample_means, length, d_variance, through_covariance)
+    return slope, offset, (*norm.gradients(), d_mixture.alpha, d_mixture.theta, *d_parameters)
 
 
 def _dx(
-    sample_means: Tensor, length: int, d_variance: Tensor, covariance_part: Optional[tuple[Tensor, Tensor]]
+    sample_means: Tensor, length: int, d_variance: Tensor, through_covariance: Optional[tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor]:
-    """Return S and the constant in dx = M^T dy + S x + constant: S (x - m) + dm / L through the statistics.
+    """Return K and k in dx = M^T dy + K x - k: what comes through the statistics.
+
+    Through a sample's own variance it is 2 dv / (L - 1) (x - m), through the covariance K (x - mu).
 
     Args:
         sample_means: m, (N, G, d).
         length: Positions L of a sample.
-        d_variance: The gradient of each sample's own variance, (N, G, d).
-        covariance_part: In training what comes through the covariance, (G, d, d), and dm / L, (N, G, d).
+        d_variance: dv of each sample's own variance, of z, (N, G, d).
+        through_covariance: In training K, (G, d, d), and K mu, (G, d).
     """
-    diagonal = (2 / max(length - 1, 1)) * d_variance
-    if length == 1:  # x = m; what multiplies x - m may be as large as 1 / eps, and 16-bit maps would not cancel it
-        diagonal = torch.zeros_like(diagonal)
-    if covariance_part is None:
-        return diagonal, -(diagonal * sample_means)
-    by_covariance, by_means = covariance_part
-    symmetric = by_covariance + diagonal.diag_embed()
-    if length == 1:
-        symmetric = torch.zeros_like(symmetric)
-    return symmetric, by_means - (symmetric @ sample_means[..., None])[..., 0]
+    factor = 2 / max(length - 1, 1)
+    if through_covariance is None:
+        slope = torch.zeros_like(d_variance) if length == 1 else d_variance * factor
+        return slope, slope * sample_means
+    by_covariance, at_mean = through_covariance
+    slope = by_covariance.expand(len(sample_means), -1, -1, -1).contiguous()
+    if length == 1:  # x = m; K may be as large as 1 / eps, and 16-bit maps would not cancel K x and k
+        return torch.zeros_like(slope), at_mean - (slope @ sample_means[..., None])[..., 0]
+    slope.diagonal(dim1=2, dim2=3).add_(d_variance, alpha=factor)
+    return slope, torch.addcmul(at_mean, d_variance, sample_means, value=factor)
 
 
-def _converted(inputs: Inputs, options: Options) -> tuple[Unfolded, Optional[Tensor], Tensor, GateParameters]:
-    """Return the norm, alpha, theta and the gate's parameters, in the dtype to compute in."""
-    mean, var, weight, bias, alpha, theta, *parameters = inputs
-    norm = Unfolded()
-    if mean is not None:
-        norm = Folded(EvalNorm(mean, var, weight, bias, options.norm_eps), options.group_size, options.dtype)
-    alpha = None if alpha is None else alpha.to(options.dtype)
-    return norm, alpha, theta.to(options.dtype), GateParameters(*(p.to(options.dtype) for p in parameters))
+def _norm(inputs: Inputs, options: Options) -> Unfolded:
+    """Return the norm in the dtype to compute in."""
+    if inputs.norm_running_mean is None:
+        return Unfolded()
+    return Folded.of(EvalNorm(*inputs[:4], options.norm_eps), options.group_size, options.dtype)
 
 
-def _tensors(statistics: Optional[BatchStatistics]) -> tuple[Optional[Tensor], ...]:
+def _alpha(inputs: Inputs, options: Options) -> Optional[Tensor]:
+    return None if inputs.alpha is None else inputs.alpha.to(options.dtype)
+
+
+def _gate_parameters(inputs: Inputs, options: Options) -> GateParameters:
+    return GateParameters(*(parameter.to(options.dtype) for parameter in inputs[6:]))
+
+
+def _first(saved: list[Optional[Tensor]], kind: type) -> tuple[NamedTuple, list[Optional[Tensor]]]:
+    """Return the first of the saved tensors as the NamedTuple that they were, and the others."""
+    count = len(kind._fields)
+    return kind(*saved[:count]), saved[count:]
+
+
+def _tensors(batch: BatchStatistics) -> tuple[Optional[Tensor], ...]:
     """Return what autograd can keep of the statistics; the counts of one process are numbers and None here."""
-    if statistics is None:
-        return ()
-    return tuple(t if isinstance(t, Tensor) else None for t in statistics)
+    return tuple(t if isinstance(t, Tensor) else None for t in batch)
 
 
-def _statistics(tensors: list[Optional[Tensor]], n: int, length: int) -> BatchStatistics:
-    statistics = BatchStatistics(*tensors)
-    return statistics if statistics.samples is not None else statistics._replace(samples=n, positions=n * length)
+def _batch(tensors: list[Optional[Tensor]], n: int, length: int) -> BatchStatistics:
+    batch = BatchStatistics(*tensors)
+    return batch if batch.samples is not None else batch._replace(samples=n, positions=n * length)

@@ -21,7 +21,8 @@ from . import coefficients, maps, precision
 
 VARIABLE = 'MMDET_CE_KERNELS'
 CHOICES = ('auto', 'torch', 'triton')
-# Compute capabilities on which tests/test_kernels passed, with the versions that docs/benchmarks.md names.
+# Compute capabilities on which tests/test_kernels passed, with the versions that docs/benchmarks.md names. Since then
+# the kernels divide S by a unit and gate_backward_kernel is in parts: interpreted and compiled, not run on a GPU again.
 TESTED_CAPABILITIES = {(9, 0)}  # H100
 LEAST_CAPABILITY = (8, 0)
 LEAST_TRITON = (3, 3)
@@ -94,7 +95,11 @@ def _obstacle(device: torch.device, choice: str) -> Optional[str]:
         return None if os.environ.get('TRITON_INTERPRET') == '1' else 'the kernels need CUDA, or TRITON_INTERPRET=1'
     if torch.version.hip is not None:
         return 'the kernels were not run on ROCm'
-    capability = torch.cuda.get_device_capability(device)
+    return capability_obstacle(torch.cuda.get_device_capability(device), choice)
+
+
+def capability_obstacle(capability: tuple[int, int], choice: str) -> Optional[str]:
+    """Return why Triton cannot be taken on GPUs of a compute capability, or None."""
     if capability < LEAST_CAPABILITY:
         return f'compute capability {capability[0]}.{capability[1]} is below 8.0'
     if choice == 'auto' and capability not in TESTED_CAPABILITIES:

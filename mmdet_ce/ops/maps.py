@@ -6,7 +6,7 @@ positions; four passes then read or write it:
     reduce            m = mean(x), S = (x - m)(x - m)^T                    one reduction, by sample and group
     apply             y = relu(M x + c + shortcut)                         one product
     reduce_backward   dM = dy x^T, dc = sum(dy)                            one reduction
-    apply_backward    dx = M^T dy + S x + c                                two products; one where S is diagonal
+    apply_backward    dx = M^T dy + K x - k                                two products; one where K is diagonal
 
 ``triton_maps`` has the same functions for GPUs. Here, of channels_last maps the transposes, (N G, L, d), are
 contiguous: the channels of a group stay side by side.
@@ -19,6 +19,11 @@ from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
+
+# S is handed on in this unit, a power of two, which costs no digits: the sum of a map's squares leaves float32's range
+# before their mean does. Up to 2**20 positions it does not exceed the largest square.
+SCATTER_UNIT = 2.0**20
+ROOT_UNIT = 2.0**10
 
 
 class GroupedMap(NamedTuple):
@@ -63,21 +68,25 @@ def reduce(x: GroupedMap, with_covariance: bool) -> tuple[Tensor, Tensor]:
     About zero instead of m, a mean of many standard deviations would cost float32 the digits of the variance. 16-bit
     maps bear it: their own rounding is larger than what the float32 sums lose.
 
+    Their sums could overflow, though: of bfloat16 maps on CUDA from magnitudes of 1e16 on.
+
     Returns:
-        m, (N, G, d), and the scatter S = (x - m)(x - m)^T, (N, G, d, d), or without covariance its diagonal, (N, G, d).
+        m, (N, G, d), and the scatter S = (x - m)(x - m)^T, (N, G, d, d), or without covariance its diagonal, (N, G, d),
+        divided by ``SCATTER_UNIT``.
     """
     values, num_samples = x.values, x.map.shape[0]
     if values.element_size() == 2:
         means = values.mean(2, dtype=torch.float32)
         if with_covariance:
             scatter = torch.bmm(values, values.mT, out_dtype=torch.float32)
-            scatter = torch.baddbmm(scatter, means[:, :, None], means[:, None], alpha=-values.shape[2])
+            one, all_positions = 1 / SCATTER_UNIT, values.shape[2] / SCATTER_UNIT
+            scatter = torch.baddbmm(scatter, means[:, :, None], means[:, None], beta=one, alpha=-all_positions)
         else:
-            scatter = torch.linalg.vector_norm(values, dim=2, dtype=torch.float32).square()
-            scatter = torch.addcmul(scatter, means, means, value=-values.shape[2]).clamp_(min=0)
+            root = torch.linalg.vector_norm(values, dim=2, dtype=torch.float32) / ROOT_UNIT
+            scatter = torch.addcmul(root.square(), means, means, value=-values.shape[2] / SCATTER_UNIT).clamp_(min=0)
     else:
         means = values.mean(2)
-        centered = torch.sub(values, means[..., None], out=x.scratch)
+        centered = torch.add(means[..., None] / -ROOT_UNIT, values, alpha=1 / ROOT_UNIT, out=x.scratch)
         if with_covariance:
             scatter = torch.bmm(centered, centered.mT)
         elif x.channels_last:  # torch is slow at a norm over positions that are not side by side
@@ -90,12 +99,12 @@ def reduce(x: GroupedMap, with_covariance: bool) -> tuple[Tensor, Tensor]:
 def apply(
     x: GroupedMap, matrix: Tensor, constant: Optional[Tensor], residual: Optional[Tensor] = None, relu: bool = False
 ) -> Tensor:
-    """Return relu(M x + constant + residual), of the shape, dtype and memory format of the map.
+    """Return relu(M x + c + residual), of the shape, dtype and memory format of the map.
 
     Args:
         x: The map.
         matrix: M, (N, G, d, d).
-        constant: (N, G, d), or None.
+        constant: c, (N, G, d), or None.
         residual: The shortcut, of the shape of the map, or None.
         relu: Whether ReLU comes last.
     """
@@ -117,8 +126,8 @@ def reduce_backward(
         with_constant: Whether there was a constant.
 
     Returns:
-        dM = dy x^T, (N, G, d, d); the sums of dy, (N, G, d), or None; dy, the gradient before the ReLU, (N, C, H, W);
-        and dy prepared for ``apply_backward``.
+        dM = dy x^T, (N, G, d, d); dc = sum(dy), (N, G, d), or None; dy, the gradient before the ReLU, (N, C, H, W); and
+        dy prepared for ``apply_backward``.
     """
     dy_map = grad if out is None else torch.ops.aten.threshold_backward(grad, out, 0)
     dy = group(dy_map, x.values.shape[1], x.values.dtype, x.channels_last)
@@ -128,28 +137,30 @@ def reduce_backward(
     return d_matrix, d_constant, dy_map, dy
 
 
-def apply_backward(dy: GroupedMap, x: GroupedMap, matrix: Tensor, symmetric: Tensor, constant: Tensor) -> Tensor:
-    """Return dx = M^T dy + S x + constant, of the shape, dtype and memory format of the map.
+def apply_backward(dy: GroupedMap, x: GroupedMap, matrix: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
+    """Return dx = M^T dy + K x - k, of the shape, dtype and memory format of the map.
 
     Args:
         dy: The gradient before the ReLU.
         x: The map that M was applied to.
         matrix: M, (N, G, d, d).
-        symmetric: S, (N, G, d, d), or where it is diagonal its diagonal, (N, G, d).
-        constant: (N, G, d).
+        slope: K, (N, G, d, d), symmetric, or where it is diagonal its diagonal, (N, G, d).
+        offset: k, (N, G, d).
     """
-    dx = _multiply(matrix.mT, dy, constant)
-    if symmetric.dim() == 3:
-        dx.addcmul_(symmetric.flatten(0, 1)[..., None].to(dx.dtype), x.values)
+    dx = _multiply(matrix.mT, dy, offset, sign=-1)
+    if slope.dim() == 3:
+        dx.addcmul_(slope.flatten(0, 1)[..., None].to(dx.dtype), x.values)
     elif x.channels_last:
-        dx.mT.baddbmm_(x.values.mT, symmetric.flatten(0, 1).to(dx.dtype))
+        dx.mT.baddbmm_(x.values.mT, slope.flatten(0, 1).to(dx.dtype))
     else:
-        dx.baddbmm_(symmetric.flatten(0, 1).to(dx.dtype), x.values)
+        dx.baddbmm_(slope.flatten(0, 1).to(dx.dtype), x.values)
     return _as_map(dx, x)
 
 
-def _multiply(matrix: Tensor, x: GroupedMap, constant: Optional[Tensor], out: Optional[Tensor] = None) -> Tensor:
-    """Return M x + constant, (N G, d, L), in ``out`` if given; of a channels_last map the transpose is contiguous."""
+def _multiply(
+    matrix: Tensor, x: GroupedMap, constant: Optional[Tensor], out: Optional[Tensor] = None, sign: int = 1
+) -> Tensor:
+    """Return M x + sign c, (N G, d, L), in ``out`` if given; of a channels_last map the transpose is contiguous."""
     left, right = matrix.flatten(0, 1).to(x.values.dtype), x.values
     if constant is not None:
         constant = constant.flatten(0, 1)[..., None].to(right.dtype)
@@ -158,9 +169,9 @@ def _multiply(matrix: Tensor, x: GroupedMap, constant: Optional[Tensor], out: Op
     if constant is None or right.is_cuda:  # baddbmm would write the constant out in full first
         product = torch.bmm(left, right, out=out)
         if constant is not None:
-            product += constant
+            product.add_(constant, alpha=sign)
     else:
-        product = torch.baddbmm(constant, left, right, out=out)
+        product = torch.baddbmm(constant, left, right, beta=sign, out=out)
     return product.mT if x.channels_last else product
 
 

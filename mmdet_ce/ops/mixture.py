@@ -15,19 +15,19 @@ class MixtureState(NamedTuple):
 
     lambda_: Tensor  # (1,)
     whitening: Tensor  # (G, d, d), P_T
-    reweighting: Tensor  # (N, G, d), (1 - lambda) gate / s
-    equalizer: Tensor  # (N, G, d, d), M of CE alone
+    reweighting: Tensor  # (N, G, d), gate / s
+    ce_matrix: Tensor  # (N, G, d, d), M of CE alone
     matrix: Tensor  # (N, G, d, d), M; (1 - alpha) I + alpha (M of CE alone) where CE grows in
 
 
 class MixtureGradients(NamedTuple):
     """The gradients of what M is mixed from."""
 
-    whitening: Tensor  # (G, d, d)
-    log_gate: Tensor  # (N, C), with respect to log(gate)
-    log_inverse_scale: Tensor  # (1,), with respect to log(1 / s)
     theta: Tensor  # (1,)
     alpha: Optional[Tensor]  # (1,)
+    log_gate: Tensor  # (N, C), with respect to log(gate)
+    log_inverse_scale: Optional[Tensor]  # (1,), with respect to log(1 / s); None in evaluation
+    whitening: Optional[Tensor]  # (G, d, d); None in evaluation
 
 
 def mixture(whitening: Tensor, gate: Tensor, scale: Tensor, theta: Tensor, alpha: Optional[Tensor]) -> MixtureState:
@@ -41,23 +41,42 @@ def mixture(whitening: Tensor, gate: Tensor, scale: Tensor, theta: Tensor, alpha
         alpha: (1,), the share of CE in the output; None for CE alone.
     """
     lambda_ = torch.sigmoid(theta)
-    reweighting = ((1 - lambda_) / scale * gate).unflatten(1, whitening.shape[:2])
-    matrix = equalizer = lambda_ * whitening + reweighting.diag_embed()
+    reweighting = (gate / scale).unflatten(1, whitening.shape[:2])
+    matrix = ce_matrix = torch.lerp(reweighting.diag_embed(), whitening, lambda_)
     if alpha is not None:
-        matrix = torch.lerp(eye(equalizer), equalizer, alpha)
-    return MixtureState(lambda_, whitening, reweighting, equalizer, matrix)
+        matrix = torch.lerp(eye(ce_matrix), ce_matrix, alpha)
+    return MixtureState(lambda_, whitening, reweighting, ce_matrix, matrix)
 
 
-def mixture_backward(state: MixtureState, alpha: Optional[Tensor], d_matrix: Tensor) -> MixtureGradients:
-    """Return the gradients of what M is mixed from; ``d_matrix`` is dM, (N, G, d, d)."""
+def mixture_backward(
+    state: MixtureState, alpha: Optional[Tensor], d_matrix: Tensor, training: bool
+) -> MixtureGradients:
+    """Return the gradients of what M is mixed from.
+
+    Args:
+        state: Of the forward pass.
+        alpha: That of the forward pass.
+        d_matrix: dM, (N, G, d, d).
+        training: Whether P and s are the batch's, and have gradients.
+    """
     d_alpha = None
     if alpha is not None:
-        d_alpha = (d_matrix * (state.equalizer - eye(d_matrix))).sum().view(1)
+        d_alpha = (d_matrix * (state.ce_matrix - eye(d_matrix))).sum().view(1)
         d_matrix = alpha * d_matrix
-    d_whitening = state.lambda_ * d_matrix.sum(0)
-    d_log_gate = d_matrix.diagonal(dim1=2, dim2=3) * state.reweighting
-    d_log_inverse_scale = d_log_gate.sum().view(1)
-    # lambda' = lambda (1 - lambda); 1 - lambda stands before the difference, which cancels near lambda = 1
-    towards_whitening = torch.dot(d_whitening.flatten(), state.whitening.flatten())
-    d_theta = (1 - state.lambda_) * towards_whitening - state.lambda_ * d_log_inverse_scale
-    return MixtureGradients(d_whitening, d_log_gate.flatten(1), d_log_inverse_scale, d_theta, d_alpha)
+    summed = d_matrix.sum(0)
+    by_gate = d_matrix.diagonal(dim1=2, dim2=3) * state.reweighting
+    towards_whitening = torch.dot(summed.flatten(), state.whitening.flatten())
+    towards_reweighting = by_gate.sum().view(1)
+    d_theta = torch.ops.aten.sigmoid_backward(towards_whitening - towards_reweighting, state.lambda_)
+    return MixtureGradients(
+        d_theta,
+        d_alpha,
+        _times_rest(by_gate, state.lambda_).flatten(1),
+        _times_rest(towards_reweighting, state.lambda_) if training else None,
+        state.lambda_ * summed if training else None,
+    )
+
+
+def _times_rest(tensor: Tensor, lambda_: Tensor) -> Tensor:
+    """Return (1 - lambda) times a tensor."""
+    return torch.addcmul(tensor, tensor, lambda_, value=-1)

@@ -18,10 +18,11 @@ class WhiteningState(NamedTuple):
 
 def whitening(covariance: Tensor, eps: float, num_iterations: int) -> WhiteningState:
     """Return P_T of Sigma = covariance + eps I, (G, d, d)."""
-    sigma = torch.add(covariance, eye(covariance), alpha=eps)
+    identity = eye(covariance)
+    sigma = torch.add(covariance, identity, alpha=eps)
     trace = sigma.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
     normalized = sigma / trace
-    return WhiteningState(trace, normalized, inverse_sqrt_newton(normalized, num_iterations))
+    return WhiteningState(trace, normalized, _iterate(normalized, identity, num_iterations))
 
 
 def whitening_backward(trace: Tensor, normalized: Tensor, num_iterations: int, d_whitening: Tensor) -> Tensor:
@@ -30,8 +31,9 @@ def whitening_backward(trace: Tensor, normalized: Tensor, num_iterations: int, d
     Through Sigma_N = Sigma / trace(Sigma): dSigma = (dSigma_N - <dSigma_N, Sigma_N> I) / trace(Sigma).
     """
     d_normalized = inverse_sqrt_newton_derivative(normalized, d_whitening, num_iterations)
-    along = (d_normalized * normalized).sum((1, 2), keepdim=True)
-    return torch.addcmul(d_normalized, along, eye(d_normalized), value=-1) / trace
+    along = (d_normalized * normalized).sum((1, 2))
+    d_normalized.diagonal(dim1=1, dim2=2).sub_(along[:, None])
+    return d_normalized / trace
 
 
 def inverse_sqrt_newton(normalized: Tensor, num_iterations: int) -> Tensor:
@@ -49,7 +51,10 @@ def inverse_sqrt_newton(normalized: Tensor, num_iterations: int) -> Tensor:
     Returns:
         P_T, (G, d, d).
     """
-    identity = eye(normalized)
+    return _iterate(normalized, eye(normalized), num_iterations)
+
+
+def _iterate(normalized: Tensor, identity: Tensor, num_iterations: int) -> Tensor:
     y = normalized  # P_0 Sigma_N
     step = p = torch.lerp(identity, y, -0.5)  # 1.5 I - 0.5 Sigma_N, the first step from P_0 = I
     for _ in range(num_iterations - 1):

@@ -30,17 +30,22 @@ class EvalNorm(NamedTuple):
 class Unfolded:
     """No norm: z is x."""
 
-    def mean(self, mean: Tensor) -> Tensor:
+    @property
+    def saved(self) -> tuple[Optional[Tensor], ...]:
+        """The tensors that ``restored`` needs."""
+        return (None,) * 4
+
+    def mean(self, z_mean: Tensor) -> Tensor:
         """Return the means of x, (..., G, d), from those of z."""
-        return mean
+        return z_mean
 
-    def variance(self, variance: Tensor) -> Tensor:
+    def variance(self, z_variance: Tensor) -> Tensor:
         """Return the variances of x, (N, G, d), from those of z."""
-        return variance
+        return z_variance
 
-    def covariance(self, covariance: Tensor) -> Tensor:
+    def covariance(self, z_covariance: Tensor) -> Tensor:
         """Return the covariance of x, (G, d, d), from that of z."""
-        return covariance
+        return z_covariance
 
     def fold(self, matrix: Tensor) -> tuple[Tensor, Optional[Tensor]]:
         """Return what z is multiplied with, (N, G, d, d), and what is added, (N, G, d) or None, for M x."""
@@ -50,15 +55,15 @@ class Unfolded:
         """Return dM from the gradients of the two."""
         return d_folded
 
-    def variance_backward(self, variance: Tensor, d_variance: Tensor) -> Tensor:
-        """Return the gradient of the variances of z, (N, G, d), from that of x's; ``variance`` is that of z."""
+    def variance_backward(self, z_variance: Tensor, d_variance: Tensor) -> Tensor:
+        """Return the gradient of the variances of z, (N, G, d), from that of x's."""
         return d_variance
 
-    def covariance_backward(self, covariance: Tensor, d_covariance: Tensor, share: float) -> Tensor:
-        """Return the gradient of the covariance of z, (G, d, d), from that of x's; ``covariance`` is that of z.
+    def covariance_backward(self, z_covariance: Tensor, d_covariance: Tensor, share: float) -> Tensor:
+        """Return the gradient of the covariance of z, (G, d, d), from that of x's.
 
         Args:
-            covariance: (G, d, d), of z.
+            z_covariance: (G, d, d), of z.
             d_covariance: (G, d, d), of x.
             share: This process's part of a gradient that all processes compute alike.
         """
@@ -73,31 +78,40 @@ class Folded(Unfolded):
     """A norm x = a z + b.
 
     Args:
-        norm: The norm.
-        group_size: Channels d of a group.
-        dtype: The dtype to compute in.
+        running_mean: (G, d).
+        rstd: (G, d), its reciprocal deviation.
+        a: (G, d).
+        b: (G, d).
+        has_weight: Whether it has a weight and a bias, which gradients are asked of.
     """
 
-    def __init__(self, norm: EvalNorm, group_size: int, dtype: torch.dtype) -> None:
-        self.has_weight = norm.weight is not None
-        self.running_mean = norm.running_mean.to(dtype).view(-1, group_size)
-        self.rstd = torch.rsqrt(norm.running_var.to(dtype) + norm.eps).view(-1, group_size)
-        if self.has_weight:
-            self.a = norm.weight.to(dtype).view(-1, group_size) * self.rstd
-            self.b = torch.addcmul(norm.bias.to(dtype).view(-1, group_size), self.running_mean, self.a, value=-1)
-        else:
-            self.a = self.rstd
-            self.b = -self.running_mean * self.a
+    def __init__(self, running_mean: Tensor, rstd: Tensor, a: Tensor, b: Tensor, has_weight: bool) -> None:
+        self.running_mean, self.rstd, self.a, self.b = running_mean, rstd, a, b
+        self.has_weight = has_weight
         self.d_a = self.d_b = None
 
-    def mean(self, mean: Tensor) -> Tensor:  # noqa: D102, for the methods of this class see Unfolded
-        return torch.addcmul(self.b, self.a, mean)
+    @classmethod
+    def of(cls, norm: EvalNorm, group_size: int, dtype: torch.dtype) -> Folded:
+        """Fold a norm into groups of ``group_size`` channels, computed in ``dtype``."""
+        mean, variance, weight, bias = (None if t is None else t.to(dtype).view(-1, group_size) for t in norm[:4])
+        rstd = torch.rsqrt(variance + norm.eps)
+        if weight is None:
+            return cls(mean, rstd, rstd, -mean * rstd, False)
+        a = weight * rstd
+        return cls(mean, rstd, a, torch.addcmul(bias, mean, a, value=-1), True)
 
-    def variance(self, variance: Tensor) -> Tensor:  # noqa: D102
-        return variance * self.a.square()
+    @property
+    def saved(self) -> tuple[Optional[Tensor], ...]:  # noqa: D102, for the methods of this class see Unfolded
+        return self.running_mean, self.rstd, self.a, self.b
 
-    def covariance(self, covariance: Tensor) -> Tensor:  # noqa: D102
-        return self.a[:, :, None] * covariance * self.a[:, None, :]
+    def mean(self, z_mean: Tensor) -> Tensor:  # noqa: D102
+        return torch.addcmul(self.b, self.a, z_mean)
+
+    def variance(self, z_variance: Tensor) -> Tensor:  # noqa: D102
+        return z_variance * self.a.square()
+
+    def covariance(self, z_covariance: Tensor) -> Tensor:  # noqa: D102
+        return self.a[:, :, None] * z_covariance * self.a[:, None, :]
 
     def fold(self, matrix: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
         return matrix * self.a[:, None, :], (matrix @ self.b[:, :, None])[..., 0]
@@ -108,14 +122,14 @@ class Folded(Unfolded):
         self.d_b = (matrix * d_constant).sum((0, 2))
         return torch.addcmul(d_folded * self.a[:, None, :], d_constant, self.b[:, None, :])
 
-    def variance_backward(self, variance: Tensor, d_variance: Tensor) -> Tensor:  # noqa: D102
+    def variance_backward(self, z_variance: Tensor, d_variance: Tensor) -> Tensor:  # noqa: D102
         d_variance = self.a * d_variance
-        self.d_a.add_((variance * d_variance).sum(0), alpha=2)
+        self.d_a.add_((z_variance * d_variance).sum(0), alpha=2)
         return self.a * d_variance
 
-    def covariance_backward(self, covariance: Tensor, d_covariance: Tensor, share: float) -> Tensor:  # noqa: D102
+    def covariance_backward(self, z_covariance: Tensor, d_covariance: Tensor, share: float) -> Tensor:  # noqa: D102
         d_covariance = d_covariance * self.a[:, None, :]
-        self.d_a.add_((d_covariance * covariance).sum(2), alpha=2 * share)
+        self.d_a.add_((d_covariance * z_covariance).sum(2), alpha=2 * share)
         return self.a[:, :, None] * d_covariance
 
     def gradients(self) -> tuple[Optional[Tensor], Optional[Tensor]]:  # noqa: D102
@@ -123,3 +137,9 @@ class Folded(Unfolded):
             return None, None
         d_weight = torch.addcmul(self.d_a, self.running_mean, self.d_b, value=-1) * self.rstd
         return d_weight.flatten(), self.d_b.flatten()
+
+
+def restored(saved: list[Optional[Tensor]], has_weight: bool) -> tuple[Unfolded, list[Optional[Tensor]]]:
+    """Return the norm of the forward pass from the first of the saved tensors, and the others."""
+    of_norm, rest = saved[:4], saved[4:]
+    return Unfolded() if of_norm[0] is None else Folded(*of_norm, has_weight), rest

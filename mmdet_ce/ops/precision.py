@@ -59,6 +59,19 @@ def small_dtype(x: Tensor, double: bool) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float64 if double or (x.is_cuda and _tf32_allowed()) else torch.float32)
 
 
+def rounding_variance(dtype: torch.dtype) -> float:
+    """Return the variance, in units of the mean square, below which it is but the rounding of equal values."""
+    return (8 * torch.finfo(dtype).eps) ** 2
+
+
+def least_variance(dtype: torch.dtype) -> float:
+    """Return the variance below which a map has none that can be computed with: 1e-31 in float32.
+
+    Squares of smaller deviations lose digits, and the gradient of 1 / s, which grows as 1 / s**2, would overflow.
+    """
+    return torch.finfo(dtype).tiny / torch.finfo(dtype).eps
+
+
 @compat.assume_constant_result  # torch 2.11 cannot trace a look at the switch
 def _tf32_allowed() -> bool:
     matmul = torch.backends.cuda.matmul

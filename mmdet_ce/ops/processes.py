@@ -17,7 +17,7 @@ class BatchMoments(NamedTuple):
     mean: Tensor  # (G, d), over samples and positions
     covariance: Tensor  # (G, d, d), biased
     mean_variance: Tensor  # (1,), of the samples' variances over channels
-    mean_square: Tensor  # (1,), of the samples' means over channels
+    rounding: Tensor  # (1,), the variance that rounding alone may leave
 
 
 class OneProcess:
@@ -45,19 +45,19 @@ class ProcessGroup(OneProcess):
         self.size = group.size()
 
     def merge(self, moments: BatchMoments) -> BatchMoments:  # noqa: D102, see OneProcess
-        n, positions, mean, covariance, mean_variance, mean_square = moments
+        n, positions, mean, covariance, mean_variance, rounding = moments
         counts = [torch.full((1,), float(count), dtype=mean.dtype, device=mean.device) for count in (n, positions)]
-        packed = torch.cat([*counts, mean_variance, mean_square, mean.flatten(), covariance.flatten()])
+        packed = torch.cat([*counts, mean_variance, rounding, mean.flatten(), covariance.flatten()])
         gathered = packed.new_empty(self.size, len(packed))
         dist.all_gather(list(gathered.unbind()), packed, group=self.group)
-        n, positions, mean_variance, mean_square, means, covariances = gathered.split(
+        n, positions, mean_variance, rounding, process_means, process_covariances = gathered.split(
             [1, 1, 1, 1, mean.numel(), covariance.numel()], 1
         )
         by_sample, by_position = n / n.sum(), positions / positions.sum()
-        mean = (by_position * means).sum(0)
+        mean = (by_position * process_means).sum(0)
         # The covariances lie about each process's own mean: add that of the means
-        shifts = (means - mean).view(-1, *covariance.shape[:2])
-        within = (by_position * covariances).sum(0).view(covariance.shape)
+        shifts = (process_means - mean).view(-1, *covariance.shape[:2])
+        within = (by_position * process_covariances).sum(0).view(covariance.shape)
         between = torch.einsum('p,pgi,pgj->gij', by_position[:, 0], shifts, shifts)
         return BatchMoments(
             n.sum(0),
@@ -65,7 +65,7 @@ class ProcessGroup(OneProcess):
             mean.view(covariance.shape[:2]),
             within + between,
             (by_sample * mean_variance).sum(0),
-            (by_sample * mean_square).sum(0),
+            (by_sample * rounding).sum(0),
         )
 
     def sums(self, *values: Tensor) -> tuple[Tensor, ...]:  # noqa: D102, see OneProcess

@@ -6,7 +6,14 @@ Letters and indices as in ``triton_coefficient_kernels``.
 import triton
 import triton.language as tl
 
-from .triton_coefficient_kernels import dot, identity, layer_norm_moments, norm_affine
+from .triton_coefficient_kernels import (
+    SCATTER_UNIT,
+    dot,
+    identity,
+    layer_norm_moments,
+    mean_variance_of,
+    norm_affine,
+)
 
 
 @triton.jit
@@ -40,15 +47,15 @@ def mixture_backward_kernel(
         dm = tl.load(d_matrix + row * d * d + square)
         gates = tl.load(gate + row * d + i)
         reweighting = rest / s * gates
-        equalizer = lambda_ * p + eye * reweighting[:, None]
+        ce_matrix = lambda_ * p + eye * reweighting[:, None]
         if has_norm:
-            m = eye + share * (equalizer - eye) if has_alpha else equalizer
+            m = eye + share * (ce_matrix - eye) if has_alpha else ce_matrix
             dc = tl.load(d_constant + row * d + i)
             d_a += tl.sum(m * dm, 0)
             d_b += tl.sum(m * dc[:, None], 0)
             dm = dm * a[None, :] + dc[:, None] * b[None, :]
         if has_alpha:
-            d_alpha += tl.sum(dm * (equalizer - eye), 1)
+            d_alpha += tl.sum(dm * (ce_matrix - eye), 1)
             dm = share * dm
         d_whitening += lambda_ * dm
         by_reweighting = tl.sum(dm * eye, 1) * reweighting
@@ -94,17 +101,17 @@ def _newton_derivative(normalized, d_whitening, d: tl.constexpr, num_iterations:
 @triton.jit
 def hidden_backward_kernel(
     d_logits, hidden, ln_weight, ln_bias, fc2, d_normed, d_fc2, num_samples, num_channels, num_hidden,
-    units: tl.constexpr, block: tl.constexpr, max_hidden: tl.constexpr, ln_eps: tl.constexpr,
+    units: tl.constexpr, block: tl.constexpr, max_hidden: tl.constexpr,
 ):  # fmt: skip
     """Through W2 and ReLU: for sample n the gradient before ReLU; in the program after the last sample that of W2."""
     h = tl.program_id(0) * units + tl.arange(0, units)
     n = tl.program_id(1)
     there = h < num_hidden
-    weight = tl.load(ln_weight + h, mask=there, other=0.0).to(tl.float32)
+    gain = tl.load(ln_weight + h, mask=there, other=0.0).to(tl.float32)
     bias = tl.load(ln_bias + h, mask=there, other=0.0).to(tl.float32)
     if n < num_samples:
-        mean, rstd = layer_norm_moments(hidden + n * num_hidden, num_hidden, max_hidden, ln_eps)
-        normed = (tl.load(hidden + n * num_hidden + h, mask=there, other=0.0) - mean) * rstd * weight + bias
+        mean, rstd = layer_norm_moments(hidden + n * num_hidden, num_hidden, max_hidden)
+        normed = (tl.load(hidden + n * num_hidden + h, mask=there, other=0.0) - mean) * rstd * gain + bias
         total = tl.zeros((block, units), tl.float32)
         for start in range(0, num_channels, block):
             c = start + tl.arange(0, block)
@@ -117,8 +124,8 @@ def hidden_backward_kernel(
             c = start + tl.arange(0, block)
             total = tl.zeros((block, units), tl.float32)
             for k in range(num_samples):
-                mean, rstd = layer_norm_moments(hidden + k * num_hidden, num_hidden, max_hidden, ln_eps)
-                normed = (tl.load(hidden + k * num_hidden + h, mask=there, other=0.0) - mean) * rstd * weight + bias
+                mean, rstd = layer_norm_moments(hidden + k * num_hidden, num_hidden, max_hidden)
+                normed = (tl.load(hidden + k * num_hidden + h, mask=there, other=0.0) - mean) * rstd * gain + bias
                 dl = tl.load(d_logits + k * num_channels + c, mask=c < num_channels, other=0.0)
                 total += dl[:, None] * tl.where(normed < 0, 0.0, normed)[None, :]
             inside = (c < num_channels)[:, None] & there[None, :]
@@ -126,9 +133,125 @@ def hidden_backward_kernel(
 
 
 @triton.jit
-def _layer_norm_backward(d_normed, hidden, ln_weight, n, num_hidden, max_hidden: tl.constexpr, ln_eps: tl.constexpr):
+def gate_backward_kernel(
+    d_normed, hidden, ln_weight, fc1, sample_means, scatter, center, d_sigma, d_affine, d_scalars, sums, batch_scale,
+    norm_mean, norm_variance, norm_weight, norm_bias, norm_eps, slope, offset, d_norm_weight, d_norm_bias, d_alpha,
+    d_theta, d_fc1, d_ln_weight, d_ln_bias, num_samples, num_groups, num_hidden, length, d: tl.constexpr,
+    max_groups: tl.constexpr, max_hidden: tl.constexpr, block: tl.constexpr, training: tl.constexpr,
+    has_norm: tl.constexpr, has_weight: tl.constexpr, has_alpha: tl.constexpr,
+):  # fmt: skip
+    """Through LayerNorm and W1 to v: for sample n what dx needs; in the program after the last, the parameters."""
+    g, n = tl.program_id(0), tl.program_id(1)
+    c = g * d + tl.arange(0, d)
+    a, _, rstd = norm_affine(norm_mean, norm_variance, norm_weight, norm_bias, norm_eps, c, has_norm, has_weight)
+    groups = tl.arange(0, max_groups)
+    there = groups < num_groups
+    by_scale = 0.0
+    if training:  # s = sqrt(mean(v))
+        _, lacks_variance = mean_variance_of(sums, num_groups, max_groups)
+        towards = tl.sum(tl.load(d_scalars + 3 * groups + 2, mask=there, other=0.0), 0)
+        s = tl.load(batch_scale)
+        by_scale = tl.where(lacks_variance, 0.0, towards / (2 * num_samples * num_groups * d) / (s * s))
+    if n < num_samples:
+        _dx_coefficients(
+            n, a, by_scale, d_normed, hidden, ln_weight, fc1, sample_means, center, d_sigma, slope, offset, num_groups,
+            num_hidden, length, d, max_hidden, block, training,
+        )  # fmt: skip
+    else:
+        d_a = _gate_parameters(
+            a, d_normed, hidden, ln_weight, fc1, scatter, d_fc1, d_ln_weight, d_ln_bias, num_samples, num_groups,
+            num_hidden, length, d, max_hidden, block, training,
+        )  # fmt: skip
+        if has_norm:
+            if training:
+                own = tl.zeros((d,), tl.float32)
+                for k in range(num_samples):
+                    own += tl.load(scatter + (k * num_groups + g) * d * d + tl.arange(0, d) * (d + 1))
+                d_a -= 2 * a * by_scale * (own / (tl.maximum(length - 1, 1) / SCATTER_UNIT))
+            d_a += tl.load(d_affine + 2 * g * d + tl.arange(0, d))
+            d_b = tl.load(d_affine + (2 * g + 1) * d + tl.arange(0, d))
+            if has_weight:
+                tl.store(d_norm_weight + c, (d_a - tl.load(norm_mean + c).to(tl.float32) * d_b) * rstd)
+                tl.store(d_norm_bias + c, d_b)
+        if g == 0:
+            tl.store(d_theta, tl.sum(tl.load(d_scalars + 3 * groups, mask=there, other=0.0), 0))
+            if has_alpha:
+                tl.store(d_alpha, tl.sum(tl.load(d_scalars + 3 * groups + 1, mask=there, other=0.0), 0))
+
+
+@triton.jit
+def _dx_coefficients(
+    n, a, by_scale, d_normed, hidden, ln_weight, fc1, sample_means, center, d_sigma, slope, offset, num_groups,
+    num_hidden, length, d: tl.constexpr, max_hidden: tl.constexpr, block: tl.constexpr, training: tl.constexpr,
+):  # fmt: skip
+    """Store K and k of the group in sample n."""
+    g, i = tl.program_id(0), tl.arange(0, d)
+    mean, rstd, mean_1, mean_2 = _layer_norm_backward(d_normed, hidden, ln_weight, n, num_hidden, max_hidden)
+    total = tl.zeros((block, d), tl.float32)
+    for start in range(0, num_hidden, block):
+        h = start + tl.arange(0, block)
+        d_hidden, _, _ = _d_hidden(d_normed, hidden, ln_weight, n, h, num_hidden, mean, rstd, mean_1, mean_2)
+        tile = h[:, None] * num_groups * d + g * d + i[None, :]
+        w1 = tl.load(fc1 + tile, mask=(h < num_hidden)[:, None], other=0.0)
+        total += d_hidden[:, None] * w1.to(tl.float32)
+    diagonal = 2 * a * a * (tl.sum(total, 0) - by_scale) / tl.maximum(length - 1, 1)
+    diagonal = tl.where(length == 1, 0.0, diagonal)  # x = m there
+    row = n * num_groups + g
+    m = tl.load(sample_means + row * d + i)
+    if training:
+        square = i[:, None] * d + i[None, :]
+        ds = tl.load(d_sigma + g * d * d + square)
+        mu = tl.load(center + g * d + i)
+        # of one position, K x - k = K (m - mu) is in k alone
+        mu = tl.where(length == 1, mu - m, mu)
+        tl.store(offset + row * d + i, tl.sum(mu[:, None] * ds, 0) + diagonal * m)
+        ds = tl.where(length == 1, 0.0, ds)
+        tl.store(slope + row * d * d + square, ds + identity(d) * diagonal[:, None])
+    else:
+        tl.store(slope + row * d + i, diagonal)
+        tl.store(offset + row * d + i, diagonal * m)
+
+
+@triton.jit
+def _gate_parameters(
+    a, d_normed, hidden, ln_weight, fc1, scatter, d_fc1, d_ln_weight, d_ln_bias, num_samples, num_groups, num_hidden,
+    length, d: tl.constexpr, max_hidden: tl.constexpr, block: tl.constexpr, training: tl.constexpr,
+):  # fmt: skip
+    """Store the gradients of W1, the group's columns, and of LayerNorm's weight and bias; return what a gets."""
+    g, i = tl.program_id(0), tl.arange(0, d)
+    d_a = tl.zeros((d,), tl.float32)
+    for start in range(0, num_hidden, block):
+        h = start + tl.arange(0, block)
+        there = h < num_hidden
+        total = tl.zeros((block, d), tl.float32)
+        total_weight = tl.zeros((block,), tl.float32)
+        total_bias = tl.zeros((block,), tl.float32)
+        for k in range(num_samples):
+            mean, rstd, mean_1, mean_2 = _layer_norm_backward(d_normed, hidden, ln_weight, k, num_hidden, max_hidden)
+            d_hidden, by_weight, by_bias = _d_hidden(
+                d_normed, hidden, ln_weight, k, h, num_hidden, mean, rstd, mean_1, mean_2
+            )
+            index = (k * num_groups + g) * d + i
+            if training:
+                index = (k * num_groups + g) * d * d + i * (d + 1)
+            v = tl.load(scatter + index) / (tl.maximum(length - 1, 1) / SCATTER_UNIT)
+            total += d_hidden[:, None] * v[None, :]
+            total_weight += by_weight
+            total_bias += by_bias
+        tile = h[:, None] * num_groups * d + g * d + i[None, :]
+        w1 = tl.load(fc1 + tile, mask=there[:, None], other=0.0).to(tl.float32)
+        d_a += 2 * a * tl.sum(w1 * total, 0)
+        tl.store(d_fc1 + tile, total * (a * a)[None, :], mask=there[:, None])
+        if g == 0:
+            tl.store(d_ln_weight + h, total_weight, mask=there)
+            tl.store(d_ln_bias + h, total_bias, mask=there)
+    return d_a
+
+
+@triton.jit
+def _layer_norm_backward(d_normed, hidden, ln_weight, n, num_hidden, max_hidden: tl.constexpr):
     """Return LayerNorm's moments in sample n, and the two means that its backward pass subtracts."""
-    mean, rstd = layer_norm_moments(hidden + n * num_hidden, num_hidden, max_hidden, ln_eps)
+    mean, rstd = layer_norm_moments(hidden + n * num_hidden, num_hidden, max_hidden)
     h = tl.arange(0, max_hidden)
     there = h < num_hidden
     dn = tl.load(d_normed + n * num_hidden + h, mask=there, other=0.0)
@@ -138,101 +261,11 @@ def _layer_norm_backward(d_normed, hidden, ln_weight, n, num_hidden, max_hidden:
 
 
 @triton.jit
-def gate_backward_kernel(
-    d_normed, hidden, ln_weight, fc1, sample_means, variances, center, d_sigma, d_affine, d_scalars, sums, batch_scale,
-    norm_mean, norm_variance, norm_weight, norm_bias, norm_eps, symmetric, constant, d_norm_weight, d_norm_bias,
-    d_alpha, d_theta, d_fc1, d_ln_weight, d_ln_bias, num_samples, num_groups, num_hidden, length, d: tl.constexpr,
-    max_groups: tl.constexpr, max_hidden: tl.constexpr, block: tl.constexpr, ln_eps: tl.constexpr,
-    rounding: tl.constexpr, training: tl.constexpr, has_norm: tl.constexpr, has_weight: tl.constexpr,
-    has_alpha: tl.constexpr,
-):  # fmt: skip
-    """Through LayerNorm and W1 to v: for sample n what dx needs; in the program after the last, the parameters."""
-    g, n = tl.program_id(0), tl.program_id(1)
-    i = tl.arange(0, d)
-    c = g * d + i
-    a, _, rstd_norm = norm_affine(norm_mean, norm_variance, norm_weight, norm_bias, norm_eps, c, has_norm, has_weight)
-    groups = tl.arange(0, max_groups)
-    there_g = groups < num_groups
-    by_scale = 0.0
-    if training:  # s = sqrt(mean(v))
-        count = num_samples * num_groups * d
-        mean_variance = tl.sum(tl.load(sums + 2 * groups, mask=there_g, other=0.0), 0) / count
-        mean_square = tl.sum(tl.load(sums + 2 * groups + 1, mask=there_g, other=0.0), 0) / count
-        towards = tl.sum(tl.load(d_scalars + 3 * groups + 2, mask=there_g, other=0.0), 0)
-        s = tl.load(batch_scale)
-        by_scale = tl.where(mean_variance > rounding * mean_square, towards / (2 * count * s * s), 0.0)
-    if n < num_samples:
-        mean, rstd, mean_1, mean_2 = _layer_norm_backward(
-            d_normed, hidden, ln_weight, n, num_hidden, max_hidden, ln_eps
-        )
-        total = tl.zeros((block, d), tl.float32)
-        for start in range(0, num_hidden, block):
-            h = start + tl.arange(0, block)
-            there = h < num_hidden
-            dn = tl.load(d_normed + n * num_hidden + h, mask=there, other=0.0)
-            dn = dn * tl.load(ln_weight + h, mask=there, other=0.0).to(tl.float32)
-            direction = (tl.load(hidden + n * num_hidden + h, mask=there, other=0.0) - mean) * rstd
-            d_hidden = tl.where(there, rstd * (dn - mean_1 - direction * mean_2), 0.0)
-            weight = tl.load(fc1 + h[:, None] * num_groups * d + c[None, :], mask=there[:, None], other=0.0)
-            total += d_hidden[:, None] * weight.to(tl.float32)
-        d_variance = tl.sum(total, 0) - by_scale
-        d_diagonal = 2 * a * a * d_variance / tl.maximum(length - 1, 1)
-        row = n * num_groups + g
-        m = tl.load(sample_means + row * d + i)
-        if training:
-            square = i[:, None] * d + i[None, :]
-            ds = tl.load(d_sigma + g * d * d + square)
-            full = ds + identity(d) * d_diagonal[:, None]
-            full = tl.where(length == 1, 0.0, full)  # x = m there
-            between = m - tl.load(center + g * d + i)
-            tl.store(symmetric + row * d * d + square, full)
-            by_means = tl.sum(between[:, None] * ds, 0) - tl.sum(full * m[None, :], 1)
-            tl.store(constant + row * d + i, by_means)
-        else:
-            tl.store(symmetric + row * d + i, d_diagonal)
-            tl.store(constant + row * d + i, -d_diagonal * m)
-    else:
-        d_a = tl.zeros((d,), tl.float32)
-        for start in range(0, num_hidden, block):
-            h = start + tl.arange(0, block)
-            there = h < num_hidden
-            total = tl.zeros((block, d), tl.float32)
-            total_weight = tl.zeros((block,), tl.float32)
-            total_bias = tl.zeros((block,), tl.float32)
-            for k in range(num_samples):
-                mean, rstd, mean_1, mean_2 = _layer_norm_backward(
-                    d_normed, hidden, ln_weight, k, num_hidden, max_hidden, ln_eps
-                )
-                d_out = tl.load(d_normed + k * num_hidden + h, mask=there, other=0.0)
-                dn = d_out * tl.load(ln_weight + h, mask=there, other=0.0).to(tl.float32)
-                direction = (tl.load(hidden + k * num_hidden + h, mask=there, other=0.0) - mean) * rstd
-                d_hidden = tl.where(there, rstd * (dn - mean_1 - direction * mean_2), 0.0)
-                index = (k * num_groups + g) * d + i
-                if training:
-                    index = (k * num_groups + g) * d * d + i * (d + 1)
-                total += d_hidden[:, None] * tl.load(variances + index)[None, :]
-                total_weight += tl.where(there, d_out * direction, 0.0)
-                total_bias += d_out
-            total /= tl.maximum(length - 1, 1)
-            tile = h[:, None] * num_groups * d + c[None, :]
-            weight = tl.load(fc1 + tile, mask=there[:, None], other=0.0).to(tl.float32)
-            d_a += 2 * a * tl.sum(weight * total, 0)
-            tl.store(d_fc1 + tile, total * (a * a)[None, :], mask=there[:, None])
-            if g == 0:
-                tl.store(d_ln_weight + h, total_weight, mask=there)
-                tl.store(d_ln_bias + h, total_bias, mask=there)
-        if has_norm:
-            if training:
-                own = tl.zeros((d,), tl.float32)
-                for k in range(num_samples):
-                    own += tl.load(variances + (k * num_groups + g) * d * d + i * (d + 1))
-                d_a -= 2 * a * by_scale * own / tl.maximum(length - 1, 1)
-            d_a += tl.load(d_affine + 2 * g * d + i)
-            d_b = tl.load(d_affine + (2 * g + 1) * d + i)
-            if has_weight:
-                tl.store(d_norm_weight + c, (d_a - tl.load(norm_mean + c).to(tl.float32) * d_b) * rstd_norm)
-                tl.store(d_norm_bias + c, d_b)
-        if g == 0:
-            tl.store(d_theta, tl.sum(tl.load(d_scalars + 3 * groups, mask=there_g, other=0.0), 0))
-            if has_alpha:
-                tl.store(d_alpha, tl.sum(tl.load(d_scalars + 3 * groups + 1, mask=there_g, other=0.0), 0))
+def _d_hidden(d_normed, hidden, ln_weight, n, h, num_hidden, mean, rstd, mean_1, mean_2):
+    """Return the gradients of hidden units h in sample n, and what they add to LayerNorm's weight and bias."""
+    there = h < num_hidden
+    d_out = tl.load(d_normed + n * num_hidden + h, mask=there, other=0.0)
+    dn = d_out * tl.load(ln_weight + h, mask=there, other=0.0).to(tl.float32)
+    direction = (tl.load(hidden + n * num_hidden + h, mask=there, other=0.0) - mean) * rstd
+    d_hidden = tl.where(there, rstd * (dn - mean_1 - direction * mean_2), 0.0)
+    return d_hidden, tl.where(there, d_out * direction, 0.0), d_out

@@ -4,35 +4,57 @@ All products are as exact as float32, whatever the TF32 switches say. Letters as
 that an option switches off is not read. Indices: n a sample, g a group, i and j its channels, h a hidden unit.
 """
 
+import torch
 import triton
 import triton.language as tl
+
+from . import gate as gate_module
+from . import maps, precision
+
+SCATTER_UNIT = tl.constexpr(maps.SCATTER_UNIT)
+LAYER_NORM_EPS = tl.constexpr(gate_module.LAYER_NORM_EPS)
+LARGE_VARIANCE = tl.constexpr(gate_module.LARGE_VARIANCE)
+ROUNDING = tl.constexpr(precision.rounding_variance(torch.float32))
+LEAST_VARIANCE = tl.constexpr(precision.least_variance(torch.float32))
 
 
 @triton.jit
 def norm_affine(mean, variance, weight, bias, eps, channels, has_norm: tl.constexpr, has_weight: tl.constexpr):
     """Return a and b of the norm x = a z + b, and a / weight."""
     rstd = tl.full(channels.shape, 1.0, tl.float32)
-    shift = tl.zeros(channels.shape, tl.float32)
-    scale = rstd
+    a, b = rstd, tl.zeros(channels.shape, tl.float32)
     if has_norm:
         rstd = 1 / tl.sqrt_rn(tl.load(variance + channels).to(tl.float32) + eps)
-        scale = rstd
+        a = rstd
         if has_weight:
-            scale = tl.load(weight + channels).to(tl.float32) * rstd
-            shift = tl.load(bias + channels).to(tl.float32)
-        shift -= tl.load(mean + channels).to(tl.float32) * scale
-    return scale, shift, rstd
+            a = tl.load(weight + channels).to(tl.float32) * rstd
+            b = tl.load(bias + channels).to(tl.float32)
+        b -= tl.load(mean + channels).to(tl.float32) * a
+    return a, b, rstd
 
 
 @triton.jit
-def layer_norm_moments(hidden, num_hidden, max_hidden: tl.constexpr, eps: tl.constexpr):
-    """Return mean and reciprocal deviation of a sample's hidden units."""
-    units = tl.arange(0, max_hidden)
-    there = units < num_hidden
-    values = tl.load(hidden + units, mask=there, other=0.0)
+def layer_norm_moments(hidden, num_hidden, max_hidden: tl.constexpr):
+    """Return mean and reciprocal deviation of a sample's hidden units; the unit keeps large ones from overflow."""
+    h = tl.arange(0, max_hidden)
+    there = h < num_hidden
+    values = tl.load(hidden + h, mask=there, other=0.0)
+    unit = tl.maximum(tl.max(tl.abs(values), 0) / LARGE_VARIANCE, 1.0)
+    values /= unit
     mean = tl.sum(values, 0) / num_hidden
     centered = tl.where(there, values - mean, 0.0)
-    return mean, 1 / tl.sqrt_rn(tl.sum(centered * centered, 0) / num_hidden + eps)
+    deviation = tl.sqrt_rn(tl.sum(centered * centered, 0) / num_hidden + LAYER_NORM_EPS)
+    return mean * unit, 1 / (deviation * unit)
+
+
+@triton.jit
+def mean_variance_of(sums, num_groups, max_groups: tl.constexpr):
+    """Return the mean of all variances, and whether it is no more than rounding; see ``batch.batch_statistics``."""
+    groups = tl.arange(0, max_groups)
+    there = groups < num_groups
+    mean_variance = tl.sum(tl.load(sums + 2 * groups, mask=there, other=0.0), 0)
+    mean_square = tl.sum(tl.load(sums + 2 * groups + 1, mask=there, other=0.0), 0)
+    return mean_variance, mean_variance <= mean_square * ROUNDING + LEAST_VARIANCE
 
 
 @triton.jit
@@ -60,18 +82,19 @@ def batch_kernel(
     common = tl.zeros((d,), tl.float32)
     variances = tl.zeros((d,), tl.float32)
     squares = tl.zeros((d,), tl.float32)
+    share = 1.0 / (num_samples * num_groups * d)  # shares are summed, since the sum alone could overflow
     for n in range(num_samples):
         row = n * num_groups + g
         m = tl.load(sample_means + row * d + i)
         common += m
-        squares += (a * m + b) * (a * m + b)
+        squares += share * (a * m + b) * (a * m + b)
         variances += tl.load(scatter + row * d * d + i * (d + 1))
     common /= num_samples
     sigma = tl.zeros((d, d), tl.float32)
     for n in range(num_samples):
         row = n * num_groups + g
         between = tl.load(sample_means + row * d + i) - common
-        sigma += tl.load(scatter + row * d * d + square) / length + between[:, None] * between[None, :]
+        sigma += tl.load(scatter + row * d * d + square) / (length / SCATTER_UNIT) + between[:, None] * between[None, :]
     sigma /= num_samples
     tl.store(center + g * d + i, common)
     tl.store(mean + g * d + i, a * common + b)
@@ -82,7 +105,7 @@ def batch_kernel(
     y = sigma / total
     tl.store(normalized + g * d * d + square, y)
     tl.store(trace + g, total)
-    tl.store(sums + 2 * g, tl.sum(variances * a * a, 0) / tl.maximum(length - 1, 1))
+    tl.store(sums + 2 * g, tl.sum(variances * (share * SCATTER_UNIT / tl.maximum(length - 1, 1)) * a * a, 0))
     tl.store(sums + 2 * g + 1, tl.sum(squares, 0))
     p = 1.5 * eye - 0.5 * y
     step = p
@@ -95,11 +118,11 @@ def batch_kernel(
 
 @triton.jit
 def hidden_kernel(
-    variances, norm_mean, norm_variance, norm_weight, norm_bias, norm_eps, fc1, hidden, num_channels, num_hidden,
-    length, d: tl.constexpr, units: tl.constexpr, block: tl.constexpr, from_scatter: tl.constexpr,
-    has_norm: tl.constexpr, has_weight: tl.constexpr,
+    scatter, norm_mean, norm_variance, norm_weight, norm_bias, norm_eps, fc1, hidden, num_channels, num_hidden, length,
+    d: tl.constexpr, units: tl.constexpr, block: tl.constexpr, training: tl.constexpr, has_norm: tl.constexpr,
+    has_weight: tl.constexpr,
 ):  # fmt: skip
-    """W1 v_n, a block of hidden units a program. ``variances`` holds scatters, or their diagonals alone."""
+    """W1 v_n, a block of hidden units a program. In evaluation ``scatter`` holds the diagonals alone."""
     h = tl.program_id(0) * units + tl.arange(0, units)
     n = tl.program_id(1)
     total = tl.zeros((units, block), tl.float32)
@@ -109,12 +132,12 @@ def hidden_kernel(
         c = tl.where(there, c, 0)
         a, _, _ = norm_affine(norm_mean, norm_variance, norm_weight, norm_bias, norm_eps, c, has_norm, has_weight)
         index = n * num_channels + c
-        if from_scatter:
+        if training:
             index = index // d * d * d + c % d * (d + 1)
-        v = a * a * tl.load(variances + index) / tl.maximum(length - 1, 1)
+        v = a * a * (tl.load(scatter + index) / (tl.maximum(length - 1, 1) / SCATTER_UNIT))
         v = tl.where(there, v, 0.0)
-        weight = tl.load(fc1 + h[:, None] * num_channels + c[None, :], mask=(h < num_hidden)[:, None], other=0.0)
-        total += weight.to(tl.float32) * v[None, :]
+        w1 = tl.load(fc1 + h[:, None] * num_channels + c[None, :], mask=(h < num_hidden)[:, None], other=0.0)
+        total += w1.to(tl.float32) * v[None, :]
     tl.store(hidden + n * num_hidden + h, tl.sum(total, 1), mask=h < num_hidden)
 
 
@@ -122,9 +145,8 @@ def hidden_kernel(
 def mixture_kernel(
     hidden, sums, whitening, running_scale, norm_mean, norm_variance, norm_weight, norm_bias, norm_eps, alpha, theta,
     ln_weight, ln_bias, fc2, matrix, constant, gate, batch_scale, whitening_used, num_samples, num_groups, num_hidden,
-    d: tl.constexpr, max_groups: tl.constexpr, max_hidden: tl.constexpr, block: tl.constexpr, ln_eps: tl.constexpr,
-    rounding: tl.constexpr, training: tl.constexpr, has_norm: tl.constexpr, has_weight: tl.constexpr,
-    has_alpha: tl.constexpr,
+    d: tl.constexpr, max_groups: tl.constexpr, max_hidden: tl.constexpr, block: tl.constexpr, training: tl.constexpr,
+    has_norm: tl.constexpr, has_weight: tl.constexpr, has_alpha: tl.constexpr,
 ):  # fmt: skip
     """The gate of the group's channels in sample n, s, and M_{n,g} with the norm folded in."""
     g, n = tl.program_id(0), tl.program_id(1)
@@ -132,7 +154,7 @@ def mixture_kernel(
     c = g * d + i
     square = i[:, None] * d + i[None, :]
     hidden_row = hidden + n * num_hidden
-    ln_mean, ln_rstd = layer_norm_moments(hidden_row, num_hidden, max_hidden, ln_eps)
+    ln_mean, ln_rstd = layer_norm_moments(hidden_row, num_hidden, max_hidden)
     logits = tl.zeros((d, block), tl.float32)
     for start in range(0, num_hidden, block):
         h = start + tl.arange(0, block)
@@ -141,17 +163,13 @@ def mixture_kernel(
         normed = normed * tl.load(ln_weight + h, mask=there, other=0.0).to(tl.float32)
         normed += tl.load(ln_bias + h, mask=there, other=0.0).to(tl.float32)
         rectified = tl.where(normed < 0, 0.0, normed)
-        weight = tl.load(fc2 + c[:, None] * num_hidden + h[None, :], mask=there[None, :], other=0.0)
-        logits += weight.to(tl.float32) * rectified[None, :]
+        w2 = tl.load(fc2 + c[:, None] * num_hidden + h[None, :], mask=there[None, :], other=0.0)
+        logits += w2.to(tl.float32) * rectified[None, :]
     gates = 1 / (1 + tl.exp(-tl.sum(logits, 1)))
     if training:
-        groups = tl.arange(0, max_groups)
-        there = groups < num_groups
-        count = num_samples * num_groups * d
-        mean_variance = tl.sum(tl.load(sums + 2 * groups, mask=there, other=0.0), 0) / count
-        mean_square = tl.sum(tl.load(sums + 2 * groups + 1, mask=there, other=0.0), 0) / count
+        mean_variance, lacks_variance = mean_variance_of(sums, num_groups, max_groups)
         # without spatial variance there is nothing to equalize: s = 1
-        s = tl.sqrt_rn(tl.where(mean_variance > rounding * mean_square, mean_variance, 1.0))
+        s = tl.sqrt_rn(tl.where(lacks_variance, 1.0, mean_variance))
     else:
         s = tl.load(running_scale).to(tl.float32)
     p = tl.load(whitening + g * d * d + square).to(tl.float32)

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 from typing import Optional
 
-import torch
 from torch import Tensor
 
 from . import triton_coefficient_backward_kernels as backward_kernels
 from . import triton_coefficient_kernels as kernels
 from .coefficients import Coefficients, Inputs, Options
-from .gate import LAYER_NORM_EPS
 from .triton_launch import carve, room_for, start
 
-ROUNDING = (8 * torch.finfo(torch.float32).eps) ** 2  # a variance below this share of the mean square is none
 UNITS = 8  # hidden units of a program
 BLOCK = 512  # channels that such a program holds at once
 HIDDEN_TILE = 4096  # weights of the group's channels that a program of a group holds at once
@@ -57,8 +54,8 @@ def coefficients(sample_means: Tensor, scatter: Tensor, length: int, inputs: Inp
             hidden, sums, given_whitening, given_scale, *norm, inputs.alpha, inputs.theta, inputs.ln_weight,
             inputs.ln_bias, inputs.fc2_weight, matrix, constant, gate, scale, whitening, n, g, num_hidden,
         ), (
-            d, _power_of_2(g), _power_of_2(num_hidden), _hidden_block(num_hidden, d), LAYER_NORM_EPS, ROUNDING,
-            training, *norm_flags, inputs.alpha is not None,
+            d, _power_of_2(g), _power_of_2(num_hidden), _hidden_block(num_hidden, d), training,
+             *norm_flags, inputs.alpha is not None,
         ),
     )  # fmt: skip
     return Coefficients(matrix, constant, mean, whitening, scale, (sample_means, scatter, whitening, scale, buffer))
@@ -95,9 +92,9 @@ def coefficients_backward(
     start(
         backward_kernels.hidden_backward_kernel, (_blocks(num_hidden, UNITS), n + 1),
         (d_logits, hidden, inputs.ln_weight, inputs.ln_bias, inputs.fc2_weight, d_normed, d_fc2, n, c, num_hidden),
-        (UNITS, min(BLOCK, _power_of_2(c)), max_hidden, LAYER_NORM_EPS),
+        (UNITS, min(BLOCK, _power_of_2(c)), max_hidden),
     )  # fmt: skip
-    symmetric, constant = empty((n, g, d, d)) if training else empty((n, g, d)), empty((n, g, d))
+    slope, offset = empty((n, g, d, d)) if training else empty((n, g, d)), empty((n, g, d))
     d_norm = (empty((c,)), empty((c,))) if norm_flags[1] else (None, None)
     d_scalar = empty((1,)) if has_alpha else None, empty((1,))
     d_gate = empty((num_hidden, c)), empty((num_hidden,)), empty((num_hidden,))
@@ -105,13 +102,13 @@ def coefficients_backward(
         backward_kernels.gate_backward_kernel, (g, n + 1),
         (
             d_normed, hidden, inputs.ln_weight, inputs.fc1_weight, sample_means, scatter, center, d_sigma, d_affine,
-            d_scalars, sums, scale, *norm, symmetric, constant, *d_norm, *d_scalar, *d_gate, n, g, num_hidden, length,
+            d_scalars, sums, scale, *norm, slope, offset, *d_norm, *d_scalar, *d_gate, n, g, num_hidden, length,
         ), (
-            d, _power_of_2(g), max_hidden, _hidden_block(num_hidden, d), LAYER_NORM_EPS, ROUNDING, training,
-            *norm_flags, has_alpha,
+            d, _power_of_2(g), max_hidden, _hidden_block(num_hidden, d), training, *norm_flags,
+            has_alpha,
         ),
     )  # fmt: skip
-    return symmetric, constant, (*d_norm, *d_scalar, *d_gate, d_fc2)
+    return slope, offset, (*d_norm, *d_scalar, *d_gate, d_fc2)
 
 
 def _saved_shapes(n: int, g: int, d: int, num_hidden: int, training: bool) -> list[tuple[int, ...]]:

@@ -6,6 +6,11 @@ Program 0 of an axis is a channel group of a sample, program 1 a stretch of posi
 import triton
 import triton.language as tl
 
+from . import maps
+
+SCATTER_UNIT = tl.constexpr(maps.SCATTER_UNIT)
+ROOT_UNIT = tl.constexpr(maps.ROOT_UNIT)
+
 
 @triton.jit
 def _tile(pointer, positions, num_groups, length, d: tl.constexpr, channels_last: tl.constexpr, align: tl.constexpr):
@@ -68,7 +73,7 @@ def reduce_kernel(
     for start in range(begin, end, block):
         positions = start + tl.arange(0, block)
         tile = _load(x, positions, end, num_groups, length, d, channels_last, align).to(tl.float32)
-        tile = tl.where((positions < end)[None, :], tile - pivot[:, None], 0.0)
+        tile = tl.where((positions < end)[None, :], (tile - pivot[:, None]) / ROOT_UNIT, 0.0)
         sums += tile
         if with_covariance:
             products = tl.dot(tile, tl.trans(tile), products, input_precision=precision)
@@ -78,7 +83,7 @@ def reduce_kernel(
     shift = tl.sum(sums, 1) / count
     channels = tl.arange(0, d)
     out = group_index * tl.num_programs(1) + part
-    tl.store(means + out * d + channels, pivot + shift)
+    tl.store(means + out * d + channels, pivot + shift * ROOT_UNIT)
     if with_covariance:
         products -= count * shift[:, None] * shift[None, :]
         tl.store(scatter + out.to(tl.int64) * d * d + channels[:, None] * d + channels[None, :], products)
@@ -121,7 +126,7 @@ def merge_moments_kernel(
     for start in range(0, num_parts, parts):
         part = start + tl.arange(0, parts)
         there = (part < num_parts)[:, None]
-        count = tl.where(part < num_parts, tl.minimum(stretch, length - part * stretch), 0).to(tl.float32)
+        count = tl.where(part < num_parts, tl.minimum(stretch, length - part * stretch), 0) / SCATTER_UNIT
         pointers = partial_means + (first + part)[:, None] * d
         shift = tl.load(pointers + channels[None, :], mask=there, other=0.0) - mean[None, :]
         if with_covariance:
@@ -248,8 +253,8 @@ def apply_backward_kernel(
     dy,
     x,
     matrix,
-    symmetric,
-    constant,
+    slope,
+    offset,
     dx,
     num_groups,
     length,
@@ -266,10 +271,10 @@ def apply_backward_kernel(
     tile = group_index * d * d + channels[None, :] * d + channels[:, None]
     m_transposed = tl.load(matrix + tile)
     if full:
-        s = tl.load(symmetric + tile)
+        slopes = tl.load(slope + tile)
     else:
-        s = tl.load(symmetric + group_index * d + channels)[:, None]
-    c = tl.load(constant + group_index * d + channels)[:, None]
+        slopes = tl.load(slope + group_index * d + channels)[:, None]
+    offsets = tl.load(offset + group_index * d + channels)[:, None]
     begin = part * stretch
     end = tl.minimum(begin + stretch, length)
     for start in range(begin, end, block):
@@ -281,7 +286,7 @@ def apply_backward_kernel(
             input_precision=precision,
         )
         if full:
-            total = tl.dot(s, x_tile, total, input_precision=precision)
+            total = tl.dot(slopes, x_tile, total, input_precision=precision)
         else:
-            total += s * x_tile
-        _store(dx, total + c, positions, end, num_groups, length, d, channels_last, align)
+            total += slopes * x_tile
+        _store(dx, total - offsets, positions, end, num_groups, length, d, channels_last, align)

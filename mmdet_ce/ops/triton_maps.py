@@ -101,7 +101,7 @@ def reduce(x: StridedMap, with_covariance: bool) -> tuple[Tensor, Tensor]:
 def apply(
     x: StridedMap, matrix: Tensor, constant: Optional[Tensor], residual: Optional[Tensor] = None, relu: bool = False
 ) -> Tensor:
-    """Return relu(M x + constant + residual); see ``maps.apply``."""
+    """Return relu(M x + c + residual); see ``maps.apply``."""
     (n, g, length), d = x.shape, x.group_size
     tiling = tiling_of('apply', d, x.values.dtype)
     stretch = _stretches(n * g, length, tiling, x.values.device)
@@ -149,16 +149,16 @@ def reduce_backward(
     return products, sums, dy.values, dy
 
 
-def apply_backward(dy: StridedMap, x: StridedMap, matrix: Tensor, symmetric: Tensor, constant: Tensor) -> Tensor:
-    """Return dx = M^T dy + S x + constant; see ``maps.apply_backward``."""
+def apply_backward(dy: StridedMap, x: StridedMap, matrix: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
+    """Return dx = M^T dy + K x - k; see ``maps.apply_backward``."""
     (n, g, length), d = x.shape, x.group_size
     tiling = tiling_of('apply_backward', d, x.values.dtype)
     stretch = _stretches(n * g, length, tiling, x.values.device)
     dx = torch.empty_like(x.values)
     start(
         kernels.apply_backward_kernel, (n * g, stretch.count),
-        (dy.values, x.values, _small(matrix), _small(symmetric), _small(constant), dx, g, length, stretch.length),
-        (d, tiling.block, x.channels_last, symmetric.dim() == 4, _align(length), _precision(x)), tiling.num_warps,
+        (dy.values, x.values, _small(matrix), _small(slope), _small(offset), dx, g, length, stretch.length),
+        (d, tiling.block, x.channels_last, slope.dim() == 4, _align(length), _precision(x)), tiling.num_warps,
     )  # fmt: skip
     return dx
 

@@ -126,6 +126,21 @@ def test_a_large_mean_costs_no_digits():
     compare((norm, ce.train(), x + 100 * torch.randn(1, 32, 1, 1), *rest), torch.float32, False, False, slack=10)
 
 
+@pytest.mark.parametrize('scale', [1e-12, 1e10, 1e18])
+@pytest.mark.parametrize('training', [True, False])
+def test_any_magnitude(scale, training):
+    norm, ce, x, shortcut, grad = make(32, 16, 2, (9, 7), torch.float32, False)
+    compare((norm, ce.train(training), scale * x, scale * shortcut, grad), torch.float32, False, True, slack=5)
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_finite_where_squares_are_not_float32s(training):
+    norm, ce, x, *rest = make(32, 16, 2, (9, 7), torch.float32, False)
+    for scale in (1e-30, 1e-20):
+        results = run(norm, ce.train(training), scale * x, *rest, False, True)
+        assert all(torch.isfinite(t).all() for t in results.values()), scale
+
+
 def test_deterministic():
     case = make(64, 64, 2, (33, 17), torch.float32, False)
     first, second = (run(case[0], case[1].train(), *case[2:], True, True) for _ in range(2))

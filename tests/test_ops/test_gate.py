@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from utils import assert_agree
 
 from mmdet_ce.ops.gate import GateParameters, gate, gate_backward
+
+SIZES = [1e-6, 1.0, 1e30]  # of the variances; from 1e12 on they are divided by their largest
+FLOAT32 = [(torch.float32, size, 1e-5) for size in (1.0, 1e8, 1e20, 1e36)]
 
 
 def make() -> tuple[torch.Tensor, GateParameters]:
@@ -14,14 +18,19 @@ def make() -> tuple[torch.Tensor, GateParameters]:
     return torch.rand(3, 24, dtype=torch.float64), GateParameters(*parameters)
 
 
-def test_the_equation():
+@pytest.mark.parametrize('dtype, size, tolerance', [*((torch.float64, s, 1e-14) for s in SIZES), *FLOAT32])
+def test_the_equation(dtype, size, tolerance):
     v, (w1, ln_weight, ln_bias, w2) = make()
+    v = size * v
     expected = torch.sigmoid(F.relu(F.layer_norm(v @ w1.T, (6,), ln_weight, ln_bias, 1e-5)) @ w2.T)
-    assert_agree(gate(v, GateParameters(w1, ln_weight, ln_bias, w2)).gate, expected, 1e-14)
+    parameters = GateParameters(*(t.to(dtype) for t in (w1, ln_weight, ln_bias, w2)))
+    assert_agree(gate(v.to(dtype), parameters).gate, expected, tolerance)
 
 
-def test_backward_is_the_gradient():
+@pytest.mark.parametrize('size', SIZES)
+def test_backward_is_the_gradient(size):
     v, parameters = make()
+    v = size * v
     tensors = [t.requires_grad_() for t in (v, *parameters)]
     out = gate(tensors[0], GateParameters(*tensors[1:]))
     grad = torch.randn_like(out.gate)

@@ -28,14 +28,15 @@ def test_reduce(memory_format, with_scratch):
         means, scatter = maps.reduce(grouped, with_covariance)
         expected = centered @ centered.mT
         assert_agree(means, groups.mean(3), 1e-13)
+        scatter = scatter * maps.SCATTER_UNIT
         assert_agree(scatter, expected if with_covariance else expected.diagonal(dim1=2, dim2=3), 1e-12)
 
 
 @pytest.mark.parametrize('memory_format', FORMATS)
 def test_apply_and_its_backward(memory_format):
     (x, grad, shortcut), (groups, _) = make(memory_format)
-    matrix, symmetric = (torch.randn(3, 2, 4, 4, dtype=torch.float64) for _ in range(2))
-    symmetric = symmetric + symmetric.mT
+    matrix, slope = (torch.randn(3, 2, 4, 4, dtype=torch.float64) for _ in range(2))
+    slope = slope + slope.mT
     constant = torch.randn(3, 2, 4, dtype=torch.float64)
     grouped = maps.group(x, 4, torch.float64)
     plain = (matrix @ groups + constant[..., None]).view_as(x)
@@ -48,8 +49,8 @@ def test_apply_and_its_backward(memory_format):
     assert_agree(dy, expected.view_as(x), 1e-14)
     assert_agree(d_matrix, expected @ groups.mT, 1e-12)
     assert_agree(d_constant, expected.sum(3), 1e-12)
-    for s in (symmetric, symmetric.diagonal(dim1=2, dim2=3)):
-        dx = maps.apply_backward(dy_grouped, grouped, matrix, s, constant)
-        full = s if s.dim() == 4 else s.diag_embed()
-        assert_agree(dx, (matrix.mT @ expected + full @ groups + constant[..., None]).view_as(x), 1e-12)
+    for k in (slope, slope.diagonal(dim1=2, dim2=3)):
+        dx = maps.apply_backward(dy_grouped, grouped, matrix, k, constant)
+        full = k if k.dim() == 4 else k.diag_embed()
+        assert_agree(dx, (matrix.mT @ expected + full @ groups - constant[..., None]).view_as(x), 1e-12)
         assert dx.stride() == x.stride()

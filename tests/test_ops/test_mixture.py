@@ -33,9 +33,11 @@ def test_backward_is_the_gradient(with_alpha):
     grad = torch.randn_like(state.matrix)
     expected = torch.autograd.grad(state.matrix, tensors, grad)
     with torch.no_grad():
-        actual = mixture_backward(state, *(alpha or [None]), grad)
+        actual = mixture_backward(state, *(alpha or [None]), grad, training=True)
+        in_evaluation = mixture_backward(state, *(alpha or [None]), grad, training=False)
     assert_agree(actual.whitening, expected[0], 1e-12)
     assert_agree(actual.log_gate, expected[1] * gate.detach(), 1e-12)
     assert_agree(actual.log_inverse_scale, -expected[2] * scale.detach(), 1e-12)
     assert_agree(actual.theta, expected[3], 1e-12)
+    assert in_evaluation.whitening is None and torch.equal(in_evaluation.log_gate, actual.log_gate)
     assert (actual.alpha is None) if not with_alpha else assert_agree(actual.alpha, expected[4], 1e-12) is None

@@ -7,7 +7,7 @@ import torch
 from utils import assert_agree
 
 from mmdet_ce.ops import inverse_sqrt_newton
-from mmdet_ce.ops.newton import inverse_sqrt_newton_derivative
+from mmdet_ce.ops.newton import inverse_sqrt_newton_derivative, whitening, whitening_backward
 
 
 def covariance(d: int, condition: float, dtype: torch.dtype) -> torch.Tensor:
@@ -50,6 +50,17 @@ def test_converges_to_the_inverse_square_root():
     sigma = covariance(16, 1e2, torch.float64)
     values, vectors = torch.linalg.eigh(sigma / sigma.trace())
     assert_agree(inverse_sqrt_newton(normalized(sigma), 20)[0], vectors @ torch.diag(values.rsqrt()) @ vectors.T, 1e-9)
+
+
+@pytest.mark.parametrize('num_iterations', [1, 3, 8])
+def test_whitening_backward_is_the_gradient(num_iterations):
+    root = torch.randn(2, 6, 6, dtype=torch.float64)
+    sigma = (root @ root.mT).requires_grad_()
+    state = whitening(sigma, 1e-3, num_iterations)
+    grad = torch.randn(2, 6, 6, dtype=torch.float64)
+    (expected,) = torch.autograd.grad(state.whitening, sigma, grad)
+    actual = whitening_backward(state.trace.detach(), state.normalized.detach(), num_iterations, grad)
+    assert_agree(actual, 0.5 * (expected + expected.mT), 1e-11)
 
 
 @pytest.mark.parametrize('num_iterations', [1, 3, 8])

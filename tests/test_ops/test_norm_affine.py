@@ -17,7 +17,7 @@ def make(affine: bool = True) -> nn.BatchNorm2d:
 @pytest.mark.parametrize('affine', [True, False])
 def test_moments_and_product_of_x_follow_from_those_of_z(affine):
     norm = make(affine)
-    folded = Folded(EvalNorm.of(norm), 4, torch.float64)
+    folded = Folded.of(EvalNorm.of(norm), 4, torch.float64)
     z = torch.randn(3, 8, 5, 5, dtype=torch.float64)
     x = norm(z)
     (z, x), matrix = (t.reshape(3, 2, 4, 25) for t in (z, x)), torch.randn(3, 2, 4, 4, dtype=torch.float64)
@@ -35,7 +35,7 @@ def test_backward_is_the_gradient():
     variance = torch.rand(3, 2, 4, dtype=torch.float64, requires_grad=True)
     covariance = torch.randn(2, 4, 4, dtype=torch.float64)
     covariance = (covariance + covariance.mT).requires_grad_()
-    folded = Folded(EvalNorm.of(norm), 4, torch.float64)
+    folded = Folded.of(EvalNorm.of(norm), 4, torch.float64)
     outputs = (*folded.fold(matrix), folded.variance(variance), folded.covariance(covariance))
     grads = [torch.randn_like(out) for out in outputs]
     grads[3] = grads[3] + grads[3].mT

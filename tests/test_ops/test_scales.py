@@ -1,0 +1,92 @@
+"""Inputs of any magnitude: finite wherever BatchNorm is, with float64's values down to deviations of 1e-15."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from utils import assert_agree, randomize, reference
+
+from mmdet_ce import ChannelEquilibrium
+from mmdet_ce.ops import channel_equilibrium_reference
+from mmdet_ce.ops.gate import gate
+
+SHAPES = [(3, 32, 6, 6), (1, 16, 160, 160), (16, 128, 3, 3)]  # many positions, many channels: large sums
+LEAST_GRADIENT = 1e-25  # of float32's digits, none are left of the smallest gradients
+
+
+def make(scale: float, shape: tuple, folded: bool = False):
+    """Return a norm that keeps the scale, or None, a CE layer, a map with means, and a gradient."""
+    norm = randomize(nn.BatchNorm2d(shape[1])).eval()
+    nn.init.zeros_(norm.bias)
+    norm.running_mean.mul_(scale)
+    ce = randomize(ChannelEquilibrium(shape[1]), seed=1)
+    x = torch.randn(shape) * (0.5 + torch.rand(1, shape[1], 1, 1)) + torch.randn(1, shape[1], 1, 1)
+    return norm if folded else None, ce, scale * x, torch.randn(shape)
+
+
+def run(function, x, grad, *modules) -> dict[str, torch.Tensor]:
+    """Return output and gradients by name."""
+    x = x.clone().requires_grad_()
+    out = function(x)
+    out.backward(grad.to(out.dtype))
+    gradients = {name: p.grad for m in modules if m is not None for name, p in m.named_parameters()}
+    return dict(out=out.detach(), x=x.grad, **gradients)
+
+
+def double(*modules):
+    return [copy.deepcopy(m).double() if m is not None else nn.Identity() for m in modules]
+
+
+def agree(actual: dict, expected: dict) -> None:
+    for name, value in expected.items():
+        limit = 2e-5 * max(value.abs().max().item(), LEAST_GRADIENT)
+        error = (actual[name].double() - value).abs().max().item()
+        assert error <= limit, f'{name}: largest difference {error:.3g}, allowed {limit:.3g}'
+
+
+@pytest.mark.parametrize('scale', [1e-15, 1e-12, 1e-8, 1e-4, 1e4, 1e8, 1e10, 1e12, 1e15, 1e18])
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('folded', [True, False])
+def test_agrees_with_float64(scale, training, folded):
+    norm, ce, x, grad = make(scale, SHAPES[0], folded)
+    ce.train(training)
+    norm64, ce64 = double(norm, ce)
+    expected = run(lambda x: reference(ce64, norm64(x)).out, x.double(), grad, norm64, ce64)
+    agree(run(lambda x: ce(x, norm), x, grad, norm, ce), expected)
+
+
+@pytest.mark.parametrize('scale', [1e-30, 1e-20, 1e-17])
+def test_a_smaller_deviation_counts_as_none(scale):
+    """Then s = 1, as for a constant map, where 1 / s and its gradient would leave float32."""
+    _, ce, x, grad = make(scale, SHAPES[0])
+    (ce64,) = double(ce)
+    whitening = reference(ce64, x.double()).whitening.detach()
+    parameters = ce64.theta, *ce64.ir.gate_parameters
+    constants = dict(group_size=16, running_whitening=whitening, running_scale=torch.ones(1, dtype=torch.float64))
+    expected = run(lambda x: channel_equilibrium_reference(x, *parameters, **constants).out, x.double(), grad, ce64)
+    agree(run(ce, x, grad, ce), expected)
+
+
+@pytest.mark.parametrize('scale', [10.0**k for k in range(-30, 19, 6)])
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('folded', [True, False])
+@pytest.mark.parametrize('shape', SHAPES)
+def test_finite_wherever_batchnorm_is(scale, training, folded, shape):
+    norm, ce, x, grad = make(scale, shape, folded)
+    ce.train(training)
+    batchnorm = nn.BatchNorm2d(shape[1])
+    results = run(lambda x: ce(x, norm), x, grad, ce)
+    for name, tensor in (*run(batchnorm, x, grad).items(), *results.items(), *ce.named_buffers()):
+        assert torch.isfinite(tensor).all(), name
+
+
+def test_ordinary_variances_reach_the_gate_as_they_are():
+    """The unit that keeps large ones from overflow is exactly 1 up to 2**40."""
+    ce = randomize(ChannelEquilibrium(32))
+    variance = 2.0**40 * torch.rand(2, 32)
+    state = gate(variance, ce.ir.gate_parameters)
+    assert torch.equal(state.unit, torch.ones(2, 1)) and torch.equal(state.reduced, variance)
+    assert_agree(gate(1e3 * variance, ce.ir.gate_parameters).gate, state.gate, 1e-5)
