@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from utils import assert_agree, randomize
 
@@ -65,6 +66,28 @@ def one_without_a_gradient(rank: int) -> torch.Tensor:
     return x.grad
 
 
+class Recorder(TorchDispatchMode):
+    """Note the names of all operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def operations(rank: int) -> dict[str, list[str]]:
+    """Return the operations of a forward and of a backward pass."""
+    layer, x, weights = make_case('folded norm')
+    with Recorder() as recorder:
+        out = layer[1](x.split(2)[rank].requires_grad_(), layer[0])
+        forward, recorder.names = recorder.names, []
+        out.backward(weights.split(2)[rank])
+    return dict(forward=forward, backward=recorder.names)
+
+
 def make_backbone(sync: bool) -> tuple[CEResNet, torch.Tensor]:
     """Return a backbone of frozen norms, and a batch."""
     torch.manual_seed(1)
@@ -113,6 +136,7 @@ def work(rank: int, folder: Path) -> None:
         results['backbone', sync] = dict(losses=losses, state=backbone.state_dict())
     results['other sizes'] = ragged(rank)
     results['one without a gradient'] = one_without_a_gradient(rank)
+    results['operations'] = operations(rank)
     # Evaluation exchanges nothing with other processes: one of them may run it alone.
     if rank == 0:
         layer, x, _ = make_case('plain')
@@ -145,6 +169,15 @@ def test_two_processes_are_one(processes, split, case):
             assert torch.equal(parts[0][name], parts[1][name]), name
             actual = parts[0][name]
         assert_agree(actual, expected, tolerance, name)
+
+
+@pytest.mark.slow
+def test_one_exchange_forward_one_backward_and_nothing_from_the_host(processes):
+    """A value read from a GPU, or made of a Python list on one, would make the host wait."""
+    for part in processes:
+        for names in part['operations'].values():
+            assert len([name for name in names if name.startswith('c10d.')]) == 1
+            assert not [name for name in names if name.startswith(('aten._local_scalar_dense', 'aten.lift'))]
 
 
 @pytest.mark.slow

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from budgets import layer_budget
 from utils import randomize
 
 from mmdet_ce import ChannelEquilibrium
-from mmdet_ce.ops import kernels, precision
+from mmdet_ce.ops import kernels
 
 
 @pytest.fixture(autouse=True)
@@ -30,48 +32,49 @@ def test_another_value_is_an_error(monkeypatch):
         kernels.choose(torch.zeros(1, 16, 4, 4), 16, 3, True)
 
 
-def test_triton_without_triton_says_so(monkeypatch, caplog):
+def test_the_choice_and_its_reason_are_logged_once(monkeypatch):
+    lines = []
+    monkeypatch.setattr(kernels, 'print_log', lambda line, logger: lines.append(line))
     monkeypatch.setenv(kernels.VARIABLE, 'triton')
     monkeypatch.delenv('TRITON_INTERPRET', raising=False)
-    assert kernels._obstacle(torch.device('cpu'), 'triton')
-    assert kernels.choose(torch.zeros(1, 16, 4, 4), 16, 3, True) is kernels.TORCH
-
-
-def test_the_switch_for_tf32_is_read():
-    assert precision._tf32_allowed() is False
-    try:
-        torch.backends.cuda.matmul.allow_tf32 = True
-        assert precision._tf32_allowed() is True
-        assert precision.small_dtype(torch.zeros(1), double=False) == torch.float32  # TF32 is CUDA's
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = False
-
-
-class Launches(TorchDispatchMode):
-    """Count operations that start a kernel: those that return no view and no empty tensor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.__name__.split('.')[0]
-        views = any(a.alias_info is not None and not a.alias_info.is_write for a in func._schema.arguments)
-        self.count += not (views or name.startswith(('empty', 'new_empty', 'detach', '_unsafe_view')))
-        return func(*args, **(kwargs or {}))
+    for _ in range(3):
+        assert kernels.choose(torch.zeros(1, 16, 4, 4), 16, 3, True) is kernels.TORCH
+    (line,) = lines
+    assert re.fullmatch(
+        r'Channel Equilibrium on cpu: torch \((triton is not installed|the kernels need CUDA.*)\)', line
+    )
 
 
 @pytest.mark.parametrize(
-    ('training', 'folded', 'budget'), [(True, False, 104), (True, True, 140), (False, False, 52), (False, True, 79)]
+    ('capability', 'choice', 'obstacle'),
+    [
+        ((7, 5), 'triton', 'compute capability 7.5 is below 8.0'),
+        ((8, 6), 'auto', 'not tested on compute capability 8.6; MMDET_CE_KERNELS=triton takes Triton'),
+        ((8, 6), 'triton', None),
+        ((9, 0), 'auto', None),
+    ],
 )
-def test_launches_of_a_layer(training, folded, budget):
-    """Forward and backward; on a GPU each costs the host some ten microseconds."""
-    norm = randomize(torch.nn.BatchNorm2d(32)).eval()
+def test_auto_takes_triton_where_it_was_tested(capability, choice, obstacle):
+    assert kernels.capability_obstacle(capability, choice) == obstacle
+
+
+@pytest.mark.parametrize(
+    ('training', 'folded', 'tail', 'forward', 'backward'),
+    [  # kernels launched; reads and writes of a map
+        (True, False, False, (46, 6), (46, 7)),
+        (True, True, True, (61, 11), (66, 11)),
+        (False, False, False, (21, 6), (20, 7)),
+        (False, True, True, (32, 11), (35, 11)),
+    ],
+)
+def test_a_layer_stays_in_its_budget(training, folded, tail, forward, backward):
+    """A launch costs the host of a GPU some ten microseconds; a map is read and written at the memory's speed."""
+    norm = randomize(torch.nn.BatchNorm2d(32)).eval() if folded else None
     ce = randomize(ChannelEquilibrium(32)).train(training)
-    x = torch.randn(2, 32, 8, 8, requires_grad=True)
-    with Launches() as launches:
-        ce(x, norm if folded else None, x * 2, relu=True).sum().backward()
-    assert launches.count <= budget, launches.count
+    counts = layer_budget(ce, torch.randn(2, 32, 24, 24), norm, tail)
+    for name, count, budget in zip(('forward', 'backward'), counts, (forward, backward)):
+        assert count[0] <= budget[0], f'{name}: {count[0]} launches'
+        assert count[1] <= budget[1], f'{name}: {count[1]} reads and writes of a map'
 
 
 @pytest.mark.parametrize('training', [True, False])
