@@ -155,12 +155,17 @@ def main() -> None:
             install(args.wheels, site)
             paths.insert(1, site)
         environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, paths)), 'PYTHONUNBUFFERED': '1'}
+        sections.append(run('Versions', ['-m', 'mmdet_ce', 'env'], 2, environment))
         if 'training' in args.parts and not (ROOT / 'data' / 'shapes').exists():
             subprocess.run([sys.executable, 'tools/make_shapes_dataset.py', 'data/shapes'], cwd=ROOT, env=environment)
         for part in args.parts:
             sections += PARTS[part](environment, out_dir)
             (out_dir / 'report.md').write_text('\n'.join(sections))
     print(f'gpu: written: {out_dir / "report.md"}')
+    titles = [section.partition('\n')[0] for section in sections[1:]]
+    failed = [title[3:] for title in titles if not title.endswith(': passed')]
+    if failed:
+        sys.exit(f'gpu: error: {"; ".join(failed)}')
 
 
 if __name__ == '__main__':

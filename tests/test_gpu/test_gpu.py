@@ -13,7 +13,7 @@ import torch.distributed as dist
 from mmengine.optim import AmpOptimWrapper
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from utils import assert_agree, randomize
+from utils import assert_agree, randomize, reference
 
 from mmdet_ce import CEResNet, ChannelEquilibrium
 from mmdet_ce.checkpoints.official import convert_official_state_dict
@@ -37,6 +37,42 @@ def test_golden_network(golden, fill, training):
         torch.backends.cudnn.allow_tf32 = True
     for name, out in zip(('c2', 'c3', 'c4', 'c5'), outs):
         assert_agree(out.detach().cpu(), values[name], 1e-3 if training and name == 'c5' else 2e-4, name)
+
+
+# Of the largest magnitude: of parameters' gradients and statistics, and of maps. In torch form matrices of 16 bits
+# multiply maps of 16 bits.
+TOLERANCES = {torch.float32: (5e-5, 2e-5), torch.bfloat16: (1e-2, 2e-2), torch.float16: (2e-3, 4e-3)}
+
+
+@pytest.mark.parametrize('dtype', TOLERANCES, ids=str)
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('folded', [True, False])
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize('tf32', [True, False])
+def test_a_layer_agrees_with_float64(dtype, training, folded, memory_format, tf32):
+    """Output, all gradients and running values; TF32 may reach the products over the map and nothing else."""
+    norm, ce = randomize(nn.BatchNorm2d(64)).eval(), randomize(ChannelEquilibrium(64), seed=1).train(training)
+    x, grad = (torch.randn(2, 64, 17, 20).to(dtype).to(memory_format=memory_format) for _ in range(2))
+    norm64, ce64, x64 = copy.deepcopy(norm).double(), copy.deepcopy(ce).double(), x.double().requires_grad_()
+    expected = reference(ce64, norm64(x64) if folded else x64)
+    expected.out.backward(grad.double())
+    norm, ce, x = norm.cuda(), ce.cuda(), x.cuda().requires_grad_()
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    try:
+        out = ce(x, norm if folded else None)
+        out.backward(grad.cuda())
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+    small, large = (max(tolerance, 2e-3 * tf32) for tolerance in TOLERANCES[dtype])
+    assert_agree(out.detach().cpu(), expected.out.detach(), large, 'out')
+    assert_agree(x.grad.cpu(), x64.grad, large, 'x')
+    for (name, parameter), exact in zip(ce.named_parameters(), ce64.parameters()):
+        assert_agree(parameter.grad.cpu(), exact.grad, small, name)
+    if training:
+        ce64._update(expected.mean.detach(), expected.whitening.detach(), expected.scale.detach())
+        tolerance = max(1e-4, TOLERANCES[dtype][0])  # not TF32's: the small matrices are exact
+        for (name, buffer), exact in zip(ce.named_buffers(), ce64.buffers()):
+            assert_agree(buffer.cpu(), exact, tolerance, name)
 
 
 def network(**kwargs) -> CEResNet:
@@ -88,13 +124,13 @@ def test_memory_formats_agree(training):
 def test_compiles_without_a_graph_break(training):
     norm = randomize(nn.BatchNorm2d(64)).eval().cuda()
     ce = randomize(ChannelEquilibrium(64), seed=1).cuda().train(training)
-    reference = copy.deepcopy(ce)
+    eager = copy.deepcopy(ce)
     x, shortcut = (torch.randn(2, 64, 17, 20, device='cuda', requires_grad=True) for _ in range(2))
     compiled = torch.compile(lambda x, shortcut: ce(x, norm, shortcut, relu=True), fullgraph=True, backend='aot_eager')
     out = compiled(x, shortcut)
     out.square().sum().backward()
     grads, x.grad, shortcut.grad = (x.grad, shortcut.grad), None, None
-    expected = reference(x, norm, shortcut, relu=True)
+    expected = eager(x, norm, shortcut, relu=True)
     expected.square().sum().backward()
     assert_agree(out.detach().cpu(), expected.detach().cpu(), 1e-5)
     for a, b in zip(grads, (x.grad, shortcut.grad)):
