@@ -27,7 +27,7 @@ FEATURES = {
     'torch.compile without a graph break': (2, 6),
     'torch.export and export to ONNX': (2, 6),
     'the Triton form on a GPU': (2, 7),
-    'float16 training on a CPU': (2, 3),
+    'float16 under autocast on a CPU': (2, 4),
 }
 
 
@@ -80,6 +80,13 @@ def is_autocast_enabled(device_type: str) -> bool:
         return available and torch.is_autocast_enabled(device_type)
     switches = {'cuda': torch.is_autocast_enabled, 'cpu': torch.is_autocast_cpu_enabled}
     return device_type in switches and switches[device_type]()
+
+
+@assume_constant_result  # torch 2.11 cannot trace a look at the switch
+def is_tf32_allowed() -> bool:
+    """Return whether CUDA may multiply float32 in TF32. torch 2.9: fp32_precision; the old switch can raise there."""
+    matmul = torch.backends.cuda.matmul
+    return matmul.fp32_precision == 'tf32' if TORCH >= (2, 9) else matmul.allow_tf32
 
 
 def has_global_hooks() -> bool:

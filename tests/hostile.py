@@ -30,6 +30,8 @@ from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
 
+from mmdet_ce.compat import TORCH
+
 try:
     from numpy._core.multiarray import _reconstruct, scalar
 except ImportError:  # numpy 1
@@ -241,7 +243,8 @@ def forged() -> dict[str, bytes]:
     quantized = torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8)
     meta, sparse = torch.zeros(4, device='meta'), torch.zeros(4).to_sparse()
     tensors = {'meta': meta, 'sparse': sparse, 'quantized': quantized, 'complex': torch.zeros(2, dtype=torch.complex64)}
-    tensors['nested'] = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
+    if TORCH >= (2, 3):  # an older torch cannot save it
+        tensors['nested'] = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
     many_views = torch.zeros(1 << 18)
     script, compressed, overlapping, other = (io.BytesIO() for _ in range(4))
     torch.jit.save(torch.jit.script(torch.nn.Identity()), script)

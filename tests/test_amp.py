@@ -84,7 +84,7 @@ def expected(cfg, tmp_path_factory):
     return train(copy.deepcopy(cfg), tmp_path_factory.mktemp('float32'))[0]
 
 
-@pytest.mark.parametrize('dtype', ['bfloat16', pytest.param('float16', marks=needs('float16 training on a CPU'))])
+@pytest.mark.parametrize('dtype', ['bfloat16', pytest.param('float16', marks=needs('float16 under autocast on a CPU'))])
 def test_training_in_half_precision_ends_as_in_full(dtype, cfg, expected, tmp_path):
     """Finite throughout, and as near to float32 as the last iterations are to each other."""
     losses, model = train(copy.deepcopy(cfg), tmp_path / dtype, type='CPUAmpOptimWrapper', dtype=dtype)

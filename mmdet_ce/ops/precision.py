@@ -56,7 +56,9 @@ def small_dtype(x: Tensor, double: bool) -> torch.dtype:
     Where the user lets CUDA multiply float32 in TF32, float64 is taken, which no switch reaches: TF32 in the iteration
     and the gate would cost 1e-3 (T = 3) to 3e-2 (T = 8) of the output.
     """
-    return torch.promote_types(x.dtype, torch.float64 if double or (x.is_cuda and _tf32_allowed()) else torch.float32)
+    return torch.promote_types(
+        x.dtype, torch.float64 if double or (x.is_cuda and compat.is_tf32_allowed()) else torch.float32
+    )
 
 
 def rounding_variance(dtype: torch.dtype) -> float:
@@ -70,11 +72,3 @@ def least_variance(dtype: torch.dtype) -> float:
     Squares of smaller deviations lose digits, and the gradient of 1 / s, which grows as 1 / s**2, would overflow.
     """
     return torch.finfo(dtype).tiny / torch.finfo(dtype).eps
-
-
-@compat.assume_constant_result  # torch 2.11 cannot trace a look at the switch
-def _tf32_allowed() -> bool:
-    matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, 'fp32_precision'):  # torch 2.9 and later, where reading the old switch can raise
-        return matmul.fp32_precision == 'tf32'
-    return matmul.allow_tf32

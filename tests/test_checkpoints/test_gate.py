@@ -137,8 +137,8 @@ def test_hostile_files_are_refused(hostile_files):
 
 def test_a_file_cannot_change_the_framework(tmp_path):
     """mmengine's own loading lets a file replace functions of a class, and numpy's what a dtype means."""
-    mean = HistoryBuffer._statistics_methods['mean']
     state = {**HistoryBuffer([1.0], [1]).__getstate__(), 'statistics_methods': {'mean': 1}}
+    mean = HistoryBuffer._statistics_methods['mean']
     (tmp_path / 'a.pth').write_bytes(hostile.archive(hostile.opcodes([HistoryBuffer], b')\x81', [state], b'b')))
     with pytest.raises(CheckpointFileError, match='without its histories|none|damaged|holds a'):
         pytest.fail(str(load_from_local(str(tmp_path / 'a.pth'))))

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from utils import randomize, reference
 
-from mmdet_ce import ChannelEquilibrium
+from mmdet_ce import ChannelEquilibrium, compat
 from mmdet_ce.ops import precision
 
 
@@ -74,10 +74,10 @@ def test_in_the_small_matrices_it_would_cost_digits():
 
 
 def test_the_switch_decides_on_cuda_alone():
-    assert precision._tf32_allowed() is False
+    assert compat.is_tf32_allowed() is False
     try:
         torch.backends.cuda.matmul.allow_tf32 = True
-        assert precision._tf32_allowed() is True
+        assert compat.is_tf32_allowed() is True
         assert precision.small_dtype(torch.zeros(1), double=False) == torch.float32
     finally:
         torch.backends.cuda.matmul.allow_tf32 = False
