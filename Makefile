@@ -26,8 +26,11 @@ test: setup $(if $(filter newest,$(VERSIONS)),lint)
 	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
 
 # The same suite with what most users of MMDetection have, and with the oldest versions that are supported.
-test-common test-oldest:
-	@$(MAKE) --no-print-directory test VERSIONS=$(@:test-%=%)
+test-common:
+	@$(MAKE) --no-print-directory test VERSIONS=common
+
+test-oldest:
+	@$(MAKE) --no-print-directory test VERSIONS=oldest
 
 # The Triton kernels: against the float64 oracle in Triton's interpreter, and compiled for two GPUs. No GPU is needed.
 test-kernels: setup
