@@ -10,6 +10,11 @@ PYTHON ?= $(or $(shell python$(PYTHON_VERSION) -c 'import sys; print(sys.executa
   $(lastword $(wildcard $(HOME)/.pyenv/versions/$(PYTHON_VERSION).*/bin/python)),\
   $(shell command -v python3),python$(PYTHON_VERSION))
 
+# OpenMP's waiting threads spin briefly (tools/command_line.py), unless the user chose otherwise.
+ifndef OMP_WAIT_POLICY
+export GOMP_SPINCOUNT ?= 10000
+endif
+
 .PHONY: setup demo test test-common test-oldest test-kernels gpu lint pins clean
 
 setup:
@@ -40,7 +45,7 @@ test-kernels: setup
 
 # What only a GPU can show: tests, speed, a profile, a short training; one report, work_dirs/gpu/report.md.
 gpu: setup
-	@.venv/bin/python tools/gpu_report.py
+	@.venv/bin/python tools/dev_scripts/gpu_report.py
 
 lint: setup
 	@.venv/bin/ruff check --quiet .

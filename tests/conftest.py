@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 
 import hostile
@@ -22,8 +23,10 @@ def pytest_report_header() -> str:
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _seed() -> Iterator[None]:
     torch.manual_seed(0)
+    yield
+    torch.set_flush_denormal(False)  # a tool that ran in this process set it
 
 
 @pytest.fixture(scope='session', autouse=True)

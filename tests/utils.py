@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,16 @@ def needs(feature: str) -> pytest.MarkDecorator:
     """Skip tests of what an older torch lacks, one of ``mmdet_ce.compat.FEATURES``."""
     since = FEATURES[feature]
     return pytest.mark.skipif(TORCH < since, reason=f'{feature} needs torch {since[0]}.{since[1]}: {torch.__version__}')
+
+
+def call(main: Callable[[], None], *arguments: object) -> str | int | None:
+    """Run the command line of a tool in this process; return None, or the message or status that it exits with."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, 'argv', ['tool', *map(str, arguments)])
+        try:
+            main()
+        except SystemExit as error:
+            return error.code
 
 
 def assert_agree(actual: torch.Tensor, expected, tolerance: float, name: str = '') -> None:

@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import argparse
 import copy
-import functools
 import os
 import platform
 import re
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
+
+from command_line import flush_denormals
 
 import torch
-from benchmark_models import OnnxRuntime, ReleasedForm, plain_and_ce, rivals, with_released_form
-from benchmark_report import report
-from rich.progress import track
-from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
+from benchmark.models import OnnxRuntime, ReleasedForm, plain_and_ce, rivals, with_released_form
+from benchmark.report import report
+from benchmark.timing import measure
+from torch import nn
 
 from mmdet_ce import CEResNet, ChannelEquilibrium, __version__
 from mmdet_ce.ops.kernels import VARIABLE
@@ -35,123 +32,6 @@ MODES = {
     'batch': dict(norm_eval=False),
 }
 BLOCK_SHAPES = ['2x64x160x160d64', '2x256x80x80d16', '2x512x40x40d16', '2x1024x20x20d16']
-
-
-def interleaved(candidates: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Run every candidate once a round and return the seconds of each run; one round more warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for index in track(range(rounds + 1), description='timing', transient=True):
-        for name, candidate in candidates.items():
-            _synchronize(device)
-            start = time.perf_counter()
-            candidate()
-            _synchronize(device)
-            if index:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
-
-
-def bytes_saved(model: nn.Module, x: Tensor) -> int:
-    """Return the bytes that a forward pass keeps for backward, each storage once, parameters and input aside."""
-    aside = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), x)}
-    saved: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in aside:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # a node that kept its own output would keep itself, and the graph, for ever
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = model(x)
-        total = sum(saved.values())
-    del outputs
-    return total
-
-
-@functools.lru_cache(maxsize=None)
-def output_gradient(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the gradient that a step starts from; made once, since a loss would cost every candidate the same."""
-    return torch.randn(shape, device=device).to(dtype)
-
-
-def train_step(model: nn.Module, x: Tensor, dtype: torch.dtype) -> None:
-    """Run forward and backward of one step."""
-    model.zero_grad(set_to_none=True)
-    x.grad = None
-    with torch.autocast(x.device.type, dtype=dtype, enabled=dtype != torch.float32):
-        outputs = model(x)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    outputs = [out for out in outputs if out.requires_grad]  # of frozen stages none does
-    torch.autograd.backward(outputs, [output_gradient(out.shape, out.dtype, out.device) for out in outputs])
-
-
-@torch.no_grad()
-def inference(model: nn.Module, x: Tensor, dtype: torch.dtype) -> None:
-    """Run forward alone."""
-    with torch.autocast(x.device.type, dtype=dtype, enabled=dtype != torch.float32):
-        model(x)
-
-
-def peak_memory(step: Callable[[], None], device: torch.device) -> Optional[int]:
-    """Return the peak bytes allocated on the GPU while ``step`` runs, or None on a CPU."""
-    if device.type != 'cuda':
-        return None
-    step()
-    torch.cuda.reset_peak_memory_stats(device)
-    step()
-    return torch.cuda.max_memory_allocated(device)
-
-
-def gpu_milliseconds(step: Callable[[], None], device: torch.device, steps: int = 3) -> Optional[float]:
-    """Return how long the kernels of ``step`` keep the GPU busy, or None on a CPU.
-
-    A host that starts kernels more slowly than the GPU runs them makes a step longer than this.
-    """
-    if device.type != 'cuda':
-        return None
-    with profile(activities=[ProfilerActivity.CUDA]) as result:
-        for _ in range(steps):
-            step()
-        torch.cuda.synchronize(device)
-    kernels = [event for event in result.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    return sum(event.device_time for event in kernels) / 1e3 / steps
-
-
-def measure(
-    title: str, models: dict[str, nn.Module], x: Tensor, args: argparse.Namespace, training: bool
-) -> list[dict[str, Any]]:
-    """Time one comparison; return a row for each model."""
-    for model in models.values():
-        model.train(training)
-    step = train_step if training else inference
-    candidates = {name: (lambda model=model: step(model, x, args.dtype)) for name, model in models.items()}
-    seconds = interleaved(candidates, args.rounds, x.device)
-    rows = []
-    first = next(iter(seconds.values()))
-    for name, model in models.items():
-        quartiles = statistics.quantiles(seconds[name], n=4)
-        # By round, so that a machine that slows down for a while does not pass for a difference.
-        ratios = statistics.quantiles([a / b for a, b in zip(seconds[name], first)], n=4)
-        rows.append(
-            dict(
-                comparison=title,
-                candidate=name,
-                median_ms=1e3 * quartiles[1],
-                quartiles_ms=[1e3 * quartiles[0], 1e3 * quartiles[2]],
-                time_ratio=ratios[1],
-                time_ratio_quartiles=[ratios[0], ratios[2]],
-                bytes_saved=bytes_saved(model, x) if training else None,
-                peak_bytes=peak_memory(candidates[name], x.device),
-                gpu_ms=gpu_milliseconds(candidates[name], x.device),
-            )
-        )
-    return rows
 
 
 def benchmark_blocks(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -268,6 +148,7 @@ def main() -> None:
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = args.dtype == 'tf32'
     args.dtype = torch.float32 if args.dtype == 'tf32' else getattr(torch, args.dtype)
     args.memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
+    flush_denormals()
     torch.manual_seed(0)
     rows = benchmark_blocks(args) if 'block' in args.what else []
     for mode in args.modes if 'backbone' in args.what else []:

@@ -6,7 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-import framework_tool  # noqa: F401 - quiets a warning of mmengine's that says nothing about the run
+from command_line import exit_on, exit_on_problems, flush_denormals, read_config
+
 import torch
 from mmdet.registry import MODELS
 from mmengine.config import Config, DictAction
@@ -55,22 +56,16 @@ def main() -> None:
     )
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE')
     args = parser.parse_args()
-    if not Path(args.config).is_file():
-        sys.exit(f'error: config {args.config} not found')
-    cfg = Config.fromfile(args.config)
-    cfg.merge_from_dict(args.cfg_options or {})
+    cfg = read_config(args.config, args.cfg_options)
     if 'backbone' not in cfg.model:
         sys.exit(f'error: the model of {args.config} has no backbone to calibrate')
     cfg.model.backbone.init_cfg = None  # the checkpoint brings the weights
-    problems = find_problems(cfg, 'train', str(args.checkpoint))
-    if problems:
-        sys.exit('\n'.join(f'error: {problem}' for problem in problems))
+    exit_on_problems(find_problems(cfg, 'train', str(args.checkpoint)))
+    flush_denormals()
     init_default_scope(cfg.get('default_scope', 'mmdet'))
     set_random_seed(args.seed)
-    try:
+    with exit_on(CheckpointFileError, ValueError):
         count = calibrate_checkpoint(cfg, args.checkpoint, args.out, args.num_batches, args.bn, args.device)
-    except (CheckpointFileError, ValueError) as error:
-        sys.exit(f'error: {error}')
     print(f'{args.out}: CE statistics{" and those of BN" if args.bn else ""} from {count} batches')
 
 

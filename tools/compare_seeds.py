@@ -10,26 +10,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
+from command_line import console, exit_on, read_config, read_metrics
+
 import torch
-from mmengine.config import Config
-from rich.console import Console
+from child_process import run_logged, tool_command
+from matplotlib.figure import Figure
 from rich.table import Table
 
 from mmdet_ce import __version__
 from mmdet_ce.checkpoints import whole_file
-
-matplotlib.use('Agg')
-from matplotlib import pyplot as plt  # noqa: E402
-
-TRAIN = Path(__file__).resolve().parent / 'train.py'
 
 
 class Run(NamedTuple):
@@ -42,35 +35,21 @@ class Run(NamedTuple):
 
 def train(run: Run, seed: int, options: list[str], work_dir: Path) -> dict[str, float]:
     """Train one config with one seed, unless that is done, and return the last validation's metrics."""
-    command = [sys.executable, '-W', 'ignore', str(TRAIN), run.config, '--work-dir', str(work_dir), '--cfg-options']
-    command += [*options, *run.options, f'randomness.seed={seed}']
+    arguments = [run.config, '--work-dir', work_dir, '--cfg-options', *options, *run.options]
+    command = tool_command('train.py', *arguments, f'randomness.seed={seed}')
     # What decides the result: not run again where all of it is as it was.
-    identity = dict(command=command[3:], config=Config.fromfile(run.config).pretty_text, version=__version__)
+    identity = dict(command=command[3:], config=read_config(run.config).pretty_text, version=__version__)
     done = work_dir / 'comparison.json'
     if done.is_file() and (saved := json.loads(done.read_text()))['identity'] == identity:
         return saved['metrics']
-    work_dir.mkdir(parents=True, exist_ok=True)
     log = work_dir / 'output.txt'
-    with open(log, 'w') as file:
-        if subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode:
-            sys.exit(f'error: training {run.name} with seed {seed} failed: {log}\n{log.read_text()[-1000:]}')
-    metrics = read_metrics(work_dir)
+    log.unlink(missing_ok=True)
+    run_logged(command, log)
+    with exit_on(ValueError):
+        metrics = {key: value for key, value in read_metrics(work_dir).items() if key.endswith('_mAP')}
     with whole_file(done) as file:
         file.write(json.dumps(dict(identity=identity, metrics=metrics)).encode())
     return metrics
-
-
-def read_metrics(work_dir: Path) -> dict[str, float]:
-    """Return the COCO metrics of the last validation of the newest training in ``work_dir``."""
-    found = sorted(work_dir.glob('*/vis_data/scalars.json'), key=lambda path: path.stat().st_mtime)
-    if not found:
-        sys.exit(f'error: no vis_data/scalars.json in {work_dir}; the config must keep LocalVisBackend')
-    scalars = found[-1]
-    records = [json.loads(line) for line in scalars.read_text().splitlines()]
-    validations = [record for record in records if any(key.startswith('coco/') for key in record)]
-    if not validations:
-        sys.exit(f'error: {scalars} has no COCO metric; the config must validate in its last epoch')
-    return {key: value for key, value in validations[-1].items() if key.startswith('coco/') and key.endswith('_mAP')}
 
 
 def report(results: dict[str, list[dict[str, float]]], seeds: list[int], out_dir: Path, environment: dict) -> None:
@@ -79,7 +58,7 @@ def report(results: dict[str, list[dict[str, float]]], seeds: list[int], out_dir
     table = Table(title=f'COCO mAP, mean ± standard deviation of seeds {", ".join(map(str, seeds))}')
     table.add_column('')
     for metric in metrics:
-        table.add_column(re.sub('^coco/', '', metric), justify='right')
+        table.add_column(metric[len('coco/') :], justify='right')
         table.add_column('each seed', justify='right')
     for name, runs in results.items():
         cells = []
@@ -91,20 +70,17 @@ def report(results: dict[str, list[dict[str, float]]], seeds: list[int], out_dir
             spread = f' ± {statistics.stdev(values):.3f}' if len(values) > 1 else ''
             cells += [f'{statistics.mean(values):.3f}{spread}', ' '.join(f'{value:.3f}' for value in values)]
         table.add_row(name, *cells)
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(environment, table)
+    console().print(environment, table)
     record = dict(environment=environment, seeds=seeds, runs=results)
     (out_dir / 'results.json').write_text(json.dumps(record, indent=1))
     draw(results, metrics, out_dir / 'comparison.png')
-    console.print(f'written: {out_dir / "results.json"}, {out_dir / "comparison.png"}')
+    console().print(f'written: {out_dir / "results.json"}, {out_dir / "comparison.png"}')
 
 
 def draw(results: dict[str, list[dict[str, float]]], metrics: list[str], path: Path) -> None:
     """Draw each seed's mAP as a dot, their mean as a bar."""
-    figure, axes = plt.subplots(
-        1, len(metrics), figsize=(1 + 4 * len(metrics), 1.2 + 0.5 * len(results)), sharey=True, layout='constrained',
-        squeeze=False,
-    )  # fmt: skip
+    figure = Figure(figsize=(1 + 4 * len(metrics), 1.2 + 0.5 * len(results)), layout='constrained')
+    axes = figure.subplots(1, len(metrics), sharey=True, squeeze=False)
     for axis, metric in zip(axes[0], metrics):
         for row, runs in enumerate(results.values()):
             values = [run[metric] for run in runs if metric in run]
@@ -112,7 +88,7 @@ def draw(results: dict[str, list[dict[str, float]]], metrics: list[str], path: P
                 continue
             axis.plot(values, [row] * len(values), 'o', color='tab:blue', alpha=0.6, markeredgewidth=0)
             axis.plot([statistics.mean(values)] * 2, [row - 0.3, row + 0.3], color='0.2', linewidth=2)
-        axis.set_xlabel(re.sub('^coco/', '', metric))
+        axis.set_xlabel(metric[len('coco/') :])
         axis.set_yticks(range(len(results)), list(results))
         axis.grid(axis='x', alpha=0.3)
         axis.spines[['top', 'right']].set_visible(False)
@@ -139,7 +115,7 @@ def main() -> None:
     if len({run.name for run in runs}) < len(runs):
         parser.error('each --run needs a name of its own')
     for run in runs:
-        Config.fromfile(run.config)
+        read_config(run.config)  # a config that cannot be read ends it here, not after hours of training
 
     results = {run.name: [] for run in runs}
     for seed in args.seeds:

@@ -11,13 +11,13 @@ import logging
 import math
 from pathlib import Path
 
-import framework_tool  # noqa: F401 - quiets a warning of mmengine's that says nothing about the run
+from command_line import read_config
+
 import torch
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.analysis import FlopAnalyzer
 from mmengine.analysis.jit_handles import get_shape
-from mmengine.config import Config
 from torch import nn
 
 
@@ -44,7 +44,7 @@ def main() -> None:
     skipped = set()
     print('| config | parameters (M): CE / plain | multiply-adds (G): CE / plain |\n| --- | --- | --- |')
     for path in args.configs:
-        cfg = Config.fromfile(path).model.backbone
+        cfg = read_config(path).model.backbone
         cfg.init_cfg = None
         counts = []
         for ce_cfg in (cfg.get('ce_cfg', dict(num_channels=16)), None):

@@ -11,9 +11,9 @@ import sys
 import warnings
 from pathlib import Path
 
-import framework_tool  # noqa: F401 - quiets a warning of mmengine's that says nothing about the run
+from command_line import exit_on, read_config
+
 import torch
-from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from torch import nn
 
@@ -104,16 +104,13 @@ def main() -> None:
     parser.add_argument('checkpoint', type=Path, help='what the training wrote, like epoch_12.pth')
     parser.add_argument('out', type=Path, help='the ONNX file to write')
     args = parser.parse_args()
-    if not args.config.is_file():
-        sys.exit(f'error: config {args.config} not found')
-    cfg = Config.fromfile(args.config)
+    cfg = read_config(args.config)
     init_default_scope(cfg.get('default_scope', 'mmdet'))
     try:
-        backbone = load_backbone(cfg, args.checkpoint)
-        print(f'exporting {type(backbone).__name__}', flush=True)
-        export_checked(backbone, args.out)
-    except (CheckpointFileError, ValueError) as error:
-        sys.exit(f'error: {error}')
+        with exit_on(CheckpointFileError, ValueError):
+            backbone = load_backbone(cfg, args.checkpoint)
+            print(f'exporting {type(backbone).__name__}', flush=True)
+            export_checked(backbone, args.out)
     except torch.onnx.OnnxExporterError as error:
         cause = error.__cause__ or error
         sys.exit(f'error: torch cannot export this backbone ({type(cause).__name__}: {str(cause).splitlines()[0]})')

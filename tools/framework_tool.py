@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import importlib
-import os
 import re
 import runpy
 import sys
 import traceback
-import warnings
 from pathlib import Path
 from typing import Optional
 from urllib.error import URLError
 
-# mmengine's own, at every start and in every worker; it says nothing about the user's run
-warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
-os.environ.setdefault('PYTHONWARNINGS', 'ignore:pkg_resources is deprecated:UserWarning')
+from command_line import exit_on_problems, flush_denormals
 
-from mmengine.config import Config  # noqa: E402
-from torch import distributed as dist  # noqa: E402
+from mmengine.config import Config
+from torch import distributed as dist
 
-from mmdet_ce.backbones.loading_report import CheckpointMismatchError  # noqa: E402
-from mmdet_ce.checkpoints import CheckpointFileError, FolderInUseError  # noqa: E402
-from mmdet_ce.checkpoints.resume import prepare_resume  # noqa: E402
-from mmdet_ce.preflight import find_problems  # noqa: E402
+from mmdet_ce.backbones.loading_report import CheckpointMismatchError
+from mmdet_ce.checkpoints import CheckpointFileError, FolderInUseError
+from mmdet_ce.checkpoints.resume import prepare_resume
+from mmdet_ce.preflight import find_problems
 
 
 def framework_of(arguments: list[str]) -> str:
@@ -83,18 +79,22 @@ def find_tool(name: str, framework: str = 'mmdet') -> Path:
     )
 
 
+def leave_process_group(backends: tuple[str, ...]) -> None:
+    """Leave torch.distributed if it runs on one of these backends."""
+    if dist.is_available() and dist.is_initialized() and dist.get_backend() in backends:
+        dist.destroy_process_group()
+
+
 def run(name: str) -> None:
     """Run the framework's ``tools/<name>`` ('train.py' or 'test.py') with this process's command line."""
+    flush_denormals()
     try:
         framework = framework_of(sys.argv[1:])
         tool = runpy.run_path(str(find_tool(name, framework)), run_name=f'{framework}_{name}')
         args = tool['parse_args']()
-        problems = check(args, Path(name).stem)
-        if problems:
-            sys.exit('\n'.join(f'error: {problem}' for problem in problems))
+        exit_on_problems(check(args, Path(name).stem))
         tool['main']()
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()  # gloo's threads, still running at exit, can abort the process
+        leave_process_group(('gloo', 'nccl'))
     except FileNotFoundError as error:
         if problem := image_error(error):
             sys.exit(f'error: {problem}')
@@ -109,6 +109,10 @@ def run(name: str) -> None:
         if problem := image_error(error):
             sys.exit(f'error: {problem}')
         raise
+    finally:
+        # After an error, too: gloo's threads, still running at exit, can abort the process. NCCL would wait here for
+        # what the other processes no longer do; the launcher ends them.
+        leave_process_group(('gloo',))
 
 
 def check(args, split: str) -> list[str]:

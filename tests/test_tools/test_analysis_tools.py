@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 
+import analyze_channels
+import channel_summary
+import compare_detections
 import cv2
 import pytest
 import torch
-from analysis_tools import analyze_channels, compare_detections
 from conftest import ROOT
 from make_shapes_dataset import make_dataset
 from mmdet.registry import DATASETS, MODELS
 from mmengine.config import Config
 from mmengine.fileio import dump
-from utils import randomize
+from utils import call, randomize
 
 from mmdet_ce.channel_analysis import LayerStatistics
 
@@ -40,24 +41,14 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def call(folder, monkeypatch):
-    """The command line: returns None, or the message that it ends with."""
+@pytest.fixture(autouse=True)
+def _in_folder(folder, monkeypatch):
     monkeypatch.chdir(folder)
 
-    def call(tool, *arguments):
-        monkeypatch.setattr(sys, 'argv', [tool.__name__, *map(str, arguments)])
-        try:
-            tool.main()
-        except SystemExit as error:
-            return error.code
 
-    return call
-
-
-def test_plain_against_ce(call, folder, capsys):
+def test_plain_against_ce(folder, capsys):
     models = ['--model', 'without', PLAIN, 'plain.pth', '--model', 'with', CE, 'ce.pth']
-    assert call(analyze_channels, *models, '--num-images', 2, '--out-dir', 'both', *SMALL) is None
+    assert call(analyze_channels.main, *models, '--num-images', 2, '--out-dir', 'both', *SMALL) is None
     printed = capsys.readouterr().out
     assert 'without: 2 images' in printed and 'inhibited channels, where CE sits: without' in printed
 
@@ -79,9 +70,9 @@ def test_plain_against_ce(call, folder, capsys):
     assert picture.shape[0] > 900 and picture.std() > 10
 
 
-def test_plain_alone(call, folder):
+def test_plain_alone(folder):
     """A figure without the panels of CE."""
-    assert call(analyze_channels, '--model', 'x', PLAIN, 'plain.pth', '--out-dir', 'one', *SMALL) is None
+    assert call(analyze_channels.main, '--model', 'x', PLAIN, 'plain.pth', '--out-dir', 'one', *SMALL) is None
     record = json.loads((folder / 'one' / 'channels.json').read_text())
     assert [row['group'] for row in record['summary']] == ['other', 'output']
     assert cv2.imread(str(folder / 'one' / 'channels.png')).shape[0] < 900
@@ -91,10 +82,10 @@ def test_low_gamma_contribution():
     """By hand: the two channels of the smallest gammas, of eight, contribute 2 and 0 where the mean is 1."""
     gamma = torch.tensor([0.1, 1, 1, 1, 0.2, 1, 1, 1.0])
     contribution = torch.tensor([2, 1, 1, 1, 0, 1, 1, 1.0])
-    assert analyze_channels.low_gamma_contribution([LayerStatistics(contribution, gamma)]) == 1
-    assert analyze_channels.low_gamma_contribution([LayerStatistics(contribution * 5, 1 / gamma)]) == 1
+    assert channel_summary.low_gamma_contribution([LayerStatistics(contribution, gamma)]) == 1
+    assert channel_summary.low_gamma_contribution([LayerStatistics(contribution * 5, 1 / gamma)]) == 1
     contribution[4] = 2
-    assert analyze_channels.low_gamma_contribution([LayerStatistics(contribution, gamma)]) == pytest.approx(1.6)
+    assert channel_summary.low_gamma_contribution([LayerStatistics(contribution, gamma)]) == pytest.approx(1.6)
 
 
 @pytest.mark.parametrize(
@@ -108,8 +99,8 @@ def test_low_gamma_contribution():
         (['--model', 'a', CE, 'ce.pth', '--num-images', '0'], 'error: --num-images must be at least 1, got 0'),
     ],
 )
-def test_analyze_channels_refuses(arguments, message, call, folder):
-    error = call(analyze_channels, *arguments, '--out-dir', 'refused', *SMALL)
+def test_analyze_channels_refuses(arguments, message, folder):
+    error = call(analyze_channels.main, *arguments, '--out-dir', 'refused', *SMALL)
     assert error.startswith(message) and '\n' not in error
     assert not (folder / 'refused').exists()
 
@@ -133,10 +124,10 @@ def predictions(folder):
     return found, dataset
 
 
-def test_detections_beside_ground_truth(call, folder, predictions):
+def test_detections_beside_ground_truth(folder, predictions):
     """Right detections look like the ground truth but for the scores, none like the image alone."""
     arguments = [CE, '--predictions', 'all', 'found.pkl', '--predictions', 'none', 'nothing.pkl', '--num-images', 2]
-    assert call(compare_detections, *arguments, '--out', 'pictures/both.png') is None
+    assert call(compare_detections.main, *arguments, '--out', 'pictures/both.png') is None
     picture = cv2.imread(str(folder / 'pictures' / 'both.png')).astype(float)
     truth, found, nothing = (picture[40:, 275 * i : 275 * (i + 1)] for i in range(3))
     # mmdet varies the colours of masks at random, so what is compared is where something was drawn
@@ -154,7 +145,7 @@ def test_detections_are_resized(predictions):
     assert torch.equal(instances.masks, masks.repeat_interleave(2, 1).repeat_interleave(2, 2))
 
 
-def test_compare_detections_refuses(call, folder, predictions):
+def test_compare_detections_refuses(folder, predictions):
     found, _ = predictions
     dump(found[1:], folder / 'others.pkl')
     dump(dict(bbox_mAP=0.3), folder / 'metrics.pkl')
@@ -166,6 +157,6 @@ def test_compare_detections_refuses(call, folder, predictions):
         (CE, 'metrics.pkl', 'error: metrics.pkl holds no predictions'),
         (CE, 'text.pkl', 'error: text.pkl holds no predictions'),
     ):
-        error = call(compare_detections, config, '--predictions', 'x', file, '--out', 'refused.png')
+        error = call(compare_detections.main, config, '--predictions', 'x', file, '--out', 'refused.png')
         assert error.startswith(message) and '\n' not in error
         assert not (folder / 'refused.png').exists()

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
 
 import benchmark_ce
-import benchmark_models
 import pytest
 import torch
-from utils import assert_agree, randomize
+from benchmark import models, timing
+from utils import assert_agree, call, randomize
 
 from mmdet_ce import CEResNet, ChannelEquilibrium
 
@@ -18,7 +17,7 @@ from mmdet_ce import CEResNet, ChannelEquilibrium
 @pytest.mark.parametrize('training', [True, False])
 def test_released_form_equals_the_block(training):
     ce = randomize(ChannelEquilibrium(32)).double().train(training)
-    released = benchmark_ce.ReleasedForm(copy.deepcopy(ce))
+    released = models.ReleasedForm(copy.deepcopy(ce))
     x = torch.randn(2, 32, 6, 5, dtype=torch.float64)
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
     out, expected = ce(a), released(b)
@@ -30,18 +29,18 @@ def test_released_form_equals_the_block(training):
 def test_released_backbone_equals_ours():
     backbone = randomize(CEResNet(depth=18, base_channels=16)).eval()
     x = torch.randn(1, 3, 32, 32)
-    for a, b in zip(backbone(x), benchmark_ce.with_released_form(backbone)(x)):
+    for a, b in zip(backbone(x), models.with_released_form(backbone)(x)):
         assert_agree(a, b, 1e-4)
 
 
 def test_bytes_saved_counts_each_tensor_once():
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Sigmoid())
     x = torch.randn(3, 4)
-    assert benchmark_ce.bytes_saved(model, x) == 3 * 8 * 4, "sigmoid's output; the weights and the input are aside"
+    assert timing.bytes_saved(model, x) == 3 * 8 * 4, "sigmoid's output; the weights and the input are aside"
 
 
 def test_rivals_are_networks_of_the_same_levels():
-    plain, *others = CEResNet(depth=50, ce_cfg=None), *benchmark_models.rivals(50, norm_eval=True).values()
+    plain, *others = CEResNet(depth=50, ce_cfg=None), *models.rivals(50, norm_eval=True).values()
     x = torch.randn(2, 3, 64, 64)
     shapes = [level.shape for level in plain(x)]
     assert len(others) == 2
@@ -51,7 +50,7 @@ def test_rivals_are_networks_of_the_same_levels():
 
 
 def test_squeeze_and_excitation_takes_part():
-    network = benchmark_models.SEResNet(depth=50)
+    network = models.SEResNet(depth=50)
     network.eval()  # mmdet's returns nothing
     x = torch.randn(1, 3, 32, 32)
     before = network(x)[-1]
@@ -62,10 +61,9 @@ def test_squeeze_and_excitation_takes_part():
 
 
 @pytest.mark.slow
-def test_command_writes_table_and_chart(tmp_path, monkeypatch, capsys):
-    command = 'benchmark_ce.py --what backbone --depth 18 --size 64 64 --rounds 2 --modes norm_eval coco batch'
-    monkeypatch.setattr(sys, 'argv', [*command.split(), '--out-dir', str(tmp_path)])
-    benchmark_ce.main()
+def test_command_writes_table_and_chart(tmp_path, capsys):
+    arguments = ['--what', 'backbone', '--depth', 18, '--size', 64, 64, '--rounds', 2, '--out-dir', tmp_path]
+    assert call(benchmark_ce.main, *arguments, '--modes', 'norm_eval', 'coco', 'batch') is None
     assert 'train step' in capsys.readouterr().out
     results = json.loads((tmp_path / 'results.json').read_text())
     assert results['environment']['torch'] == torch.__version__

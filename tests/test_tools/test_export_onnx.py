@@ -16,7 +16,7 @@ import torch
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.model import BaseModule
-from utils import needs, randomize
+from utils import call, needs, randomize
 
 from mmdet_ce.checkpoints.trained_backbone import load_backbone
 
@@ -46,19 +46,10 @@ def folder(tmp_path_factory):
     return folder
 
 
-def command(config, checkpoint, out):
-    """The command line: returns None, or the message that it ends with."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, 'argv', ['export_onnx.py', str(config), str(checkpoint), str(out)])
-        try:
-            export_onnx.main()
-        except SystemExit as error:
-            return error.code
-
-
 @pytest.fixture
 def run(folder):
-    return lambda *names: command(*(folder / name for name in names))
+    """The command line: returns None, or the message that it ends with."""
+    return lambda *names: call(export_onnx.main, *(folder / name for name in names))
 
 
 @pytest.fixture(scope='module')
@@ -67,7 +58,7 @@ def exported(folder):
     printed = io.StringIO()
     out = folder / 'new' / 'ce.onnx'
     with contextlib.redirect_stdout(printed):
-        assert command(folder / 'CEResNet.py', folder / 'CEResNet.pth', out) is None
+        assert call(export_onnx.main, folder / 'CEResNet.py', folder / 'CEResNet.pth', out) is None
     return out.read_bytes(), printed.getvalue(), [path.name for path in out.parent.iterdir()]
 
 
@@ -124,15 +115,12 @@ def test_latency_of_all_four(folder, no_export, monkeypatch, tmp_path):
     cfg = Config.fromfile(folder / 'CEResNet.py')
     backbone = load_backbone(cfg, folder / 'CEResNet.pth')
     monkeypatch.setattr(benchmark_ce, 'plain_and_ce', lambda depth, x, norm_eval: (backbone, backbone))
-    command = f'benchmark_ce.py --what onnxruntime --batch 1 --size 64 64 --rounds 2 --device cpu --out-dir {tmp_path}'
-    monkeypatch.setattr(sys, 'argv', command.split())
-    benchmark_ce.main()
+    arguments = f'--what onnxruntime --batch 1 --size 64 64 --rounds 2 --device cpu --out-dir {tmp_path}'.split()
+    assert call(benchmark_ce.main, *arguments) is None
     rows = json.loads((tmp_path / 'results.json').read_text())['rows']
     names = ['plain ResNet', 'CE', 'plain ResNet, onnxruntime', 'CE, onnxruntime']
     assert [row['candidate'] for row in rows] == names and all(row['median_ms'] > 0 for row in rows)
-    monkeypatch.setattr(sys, 'argv', [*command.split(), '--dtype', 'bfloat16'])
-    with pytest.raises(SystemExit):
-        benchmark_ce.main()
+    assert call(benchmark_ce.main, *arguments, '--dtype', 'bfloat16') == 2
 
 
 @pytest.mark.parametrize(

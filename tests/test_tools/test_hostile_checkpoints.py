@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+from functools import partial
 from pathlib import Path
 
 import calibrate
@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT
 from make_shapes_dataset import make_dataset
 from mmengine.config import Config
+from utils import call
 
 from mmdet_ce.preflight import find_problems
 
@@ -30,16 +31,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def run(folder, monkeypatch):
-    """Run a tool of the framework in this process; return what it ends with."""
+    """Run a tool of the framework on the demo's config; return what it ends with."""
     monkeypatch.chdir(folder)
-
-    def call(tool: str, *arguments) -> str:
-        monkeypatch.setattr(sys, 'argv', [tool, str(DEMO), *map(str, arguments)])
-        with pytest.raises(SystemExit) as info:
-            framework_tool.run(tool)
-        return info.value.code
-
-    return call
+    return lambda tool, *arguments: call(partial(framework_tool.run, tool), DEMO, *arguments)
 
 
 def check_refusal(message: str, path: Path, name: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 
 import official_to_mmdet_ce
 import publish_model
@@ -14,6 +13,7 @@ import torch
 from hostile import Calls
 from mmengine.logging import HistoryBuffer
 from test_checkpoints.test_official import released
+from utils import call
 
 from mmdet_ce import CEResNet, __version__
 from mmdet_ce.checkpoints import sha256
@@ -24,21 +24,11 @@ def state():
     return {f'module.{key}': value for key, value in released(depth=18, base_channels=64).items()}
 
 
-@pytest.fixture
-def convert(monkeypatch):
-    """The command line: returns None, or the message that it ends with."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, 'argv', ['official_to_mmdet_ce.py', *map(str, arguments)])
-        try:
-            official_to_mmdet_ce.main()
-        except SystemExit as error:
-            return error.code
-
-    return call
+def convert(*arguments):
+    return call(official_to_mmdet_ce.main, *arguments)
 
 
-def test_converts(convert, state, tmp_path, capsys):
+def test_converts(state, tmp_path, capsys):
     source, destination = tmp_path / 'theirs.pth.tar', tmp_path / 'checkpoints' / 'ours.pth'
     torch.save({'epoch': 100, 'arch': 'resnetv1ce', 'state_dict': state}, source)
     assert convert(source, destination, '--depth', '18') is None
@@ -63,7 +53,7 @@ def test_official_layout_of_the_whole_network(golden, tmp_path):
     assert count == len(CEResNet(depth=50).state_dict())
 
 
-def test_mismatches_are_listed_and_nothing_is_written(convert, state, tmp_path):
+def test_mismatches_are_listed_and_nothing_is_written(state, tmp_path):
     bad = dict(state)
     del bad['module.layer2.0.conv1.weight']
     bad['module.layer9.weight'] = torch.zeros(1)
@@ -84,11 +74,11 @@ def test_mismatches_are_listed_and_nothing_is_written(convert, state, tmp_path):
         ('list', 'error: .* holds a list; expected a state dict'),
         ('text', 'error: .* holds something else than tensors: epoch'),
         ('hostile', 'error: .* refused, and nothing in it was run'),
-        ('truncated', 'error: checkpoint .* is damaged or no checkpoint'),
+        ('truncated', 'error: checkpoint .* is incomplete, damaged or no checkpoint'),
         ('missing', 'error: checkpoint .* not found'),
     ],
 )
-def test_bad_sources(kind, message, convert, state, tmp_path):
+def test_bad_sources(kind, message, state, tmp_path):
     source, destination, marker = tmp_path / 'a.pth', tmp_path / 'b.pth', tmp_path / 'marker'
     content = {
         'plain': {'conv1.weight': torch.zeros(1)},
@@ -107,8 +97,8 @@ def test_bad_sources(kind, message, convert, state, tmp_path):
 def test_publish(tmp_path):
     checkpoint = dict(
         state_dict={'w': torch.arange(3.0)},
-        optimizer={'state': torch.zeros(10_000)},
-        message_hub=dict(loss=HistoryBuffer([1.0], [1])),
+        optimizer=dict(state={0: dict(exp_avg=torch.zeros(10_000))}, param_groups=[dict(lr=0.1, params=[0])]),
+        message_hub=dict(log_scalars=dict(loss=HistoryBuffer([1.0], [1])), runtime_info={}, resumed_keys={}),
         meta=dict(epoch=12, dataset_meta=dict(classes=('cat',)), cfg='model = dict()', hook_msgs={}),
     )
     torch.save(checkpoint, tmp_path / 'epoch_12.pth')

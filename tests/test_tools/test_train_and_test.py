@@ -1,27 +1,34 @@
-"""The tools as a user runs them: train, stop, resume, test; bad input; two processes. Each run is a process."""
+"""The tools as a user runs them: the demo; train, stop, resume, test; bad input; two processes."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import calibrate
+import compare_seeds
+import demo
 import framework_tool
 import mmdet
 import pytest
 import torch
-from analysis_tools import compare_detections
 from conftest import ROOT
 from hostile import Calls
 from make_shapes_dataset import make_dataset
+from utils import call
 
 from mmdet_ce.checkpoints import read_checkpoint
 
 pytestmark = pytest.mark.slow
+one_worker = pytest.mark.xdist_group('trained')  # what a demo trained serves all of these
+run_train, run_test = (partial(framework_tool.run, f'{name}.py') for name in ('train', 'test'))
 
 DEMO = ROOT / 'configs' / 'demo' / 'mask-rcnn_r18-ce_fpn_8e_shapes.py'
 PLAIN = ROOT / 'configs' / 'demo' / 'mask-rcnn_r18_fpn_8e_shapes.py'
@@ -61,21 +68,58 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def _in_folder(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+
+
 @pytest.fixture(scope='module')
-def trained(folder):
+def demonstrated(folder):
+    """The work directory of a demo of one epoch, and what it printed."""
+    config = folder / 'small.py'
+    loaders = ''.join(
+        f'{split}_dataloader = dict(num_workers=0, persistent_workers=False, batch_size=4)\n'
+        for split in ('train', 'val', 'test')
+    )
+    config.write_text(f"_base_ = '{DEMO}'\n{loaders}train_cfg = dict(max_epochs=1)\n")
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.chdir(folder)
+        patch.setattr(demo, 'ROOT', folder)
+        patch.setattr(demo, 'CONFIG', config)
+        assert call(demo.main, '--work-dir', 'run') is None, (folder / 'run' / 'output.txt').read_text()[-3000:]
+    return folder / 'run', printed.getvalue()
+
+
+@pytest.fixture
+def trained(demonstrated):
     """The work directory of one epoch of training with tools/train.py."""
-    options = [*SMALL, 'train_cfg.max_epochs=1', 'train_dataloader.batch_size=4']
-    text = output(run(ROOT / 'tools' / 'train.py', DEMO, '--work-dir', 'run', options=options, cwd=folder))
-    assert re.search(r'coco/segm_mAP: ', text)
-    return folder / 'run'
+    return demonstrated[0]
 
 
-def test_resume_continues(trained, folder):
+@one_worker
+def test_demo_prints_its_result_and_keeps_the_rest_in_a_file(demonstrated):
+    work_dir, printed = demonstrated
+    lines = printed.splitlines()
+    assert len(lines) < 30
+    assert len([line for line in lines if line.startswith('$ python tools/')]) == 3
+    for name in ('box', 'mask'):
+        assert re.search(rf'^  {name} +mAP \d\.\d{{3}}   AP50 \d\.\d{{3}}$', printed, re.M)
+    assert f'{Path("run/detections.png")}' in printed and f'{Path("run/output.txt")}' in printed
+    assert (work_dir / 'detections.png').stat().st_size > 50_000
+    log = (work_dir / 'output.txt').read_text()
+    assert re.search(r'Epoch\(train\)\s+\[1\]\[2/2\]', log) or 'Saving checkpoint at 1 epochs' in log
+    assert 'written: run/detections.png' in log and len(log.splitlines()) > 100
+
+
+@one_worker
+def test_resume_continues(trained, capfd):
     """After a kill, too: here one that left the newest checkpoint truncated, and none named."""
     (trained / 'epoch_2.pth').write_bytes((trained / 'epoch_1.pth').read_bytes()[:100_000])
     (trained / 'last_checkpoint').write_text('')
     options = [*SMALL, 'train_cfg.max_epochs=2', 'train_dataloader.batch_size=4']
-    text = output(run(ROOT / 'tools' / 'train.py', DEMO, '--work-dir', 'run', '--resume', options=options, cwd=folder))
+    assert call(run_train, DEMO, '--work-dir', 'run', '--resume', '--cfg-options', *options) is None
+    text = capfd.readouterr().out
     assert f'resuming from {trained / "epoch_1.pth"}, the newest whole checkpoint' in text
     assert 'epoch_2.pth is incomplete' in text and 'resumed epoch: 1, iter: 2' in text
     assert re.search(r'Epoch\(train\)\s+\[2\]\[2/2\]', text) or 'Saving checkpoint at 2 epochs' in text
@@ -84,26 +128,29 @@ def test_resume_continues(trained, folder):
     assert not torch.equal(first['state_dict'][key], second['state_dict'][key])
 
 
-@pytest.mark.parametrize('tools', [ROOT / 'tools', MMDET_TOOLS], ids=['ours', 'mmdets'])
-def test_test_prints_map(trained, folder, tools):
-    text = output(run(tools / 'test.py', DEMO, trained / 'epoch_1.pth', options=SMALL, cwd=folder))
+@one_worker
+def test_mmdets_own_test_prints_map(trained, folder):
+    text = output(run(MMDET_TOOLS / 'test.py', DEMO, trained / 'epoch_1.pth', options=SMALL, cwd=folder))
     assert re.search(r'coco/bbox_mAP: \d\.\d+', text) and re.search(r'coco/segm_mAP: \d\.\d+', text)
 
 
-def test_calibrate_changes_statistics_only(trained, folder):
-    arguments = [DEMO, trained / 'epoch_1.pth', 'calibrated.pth', '--num-batches', 2]
-    text = output(run(ROOT / 'tools' / 'calibrate.py', *arguments, options=SMALL, cwd=folder))
-    assert 'calibrated.pth: CE statistics from 2 batches' in text
+@one_worker
+def test_calibrate_changes_statistics_only(trained, folder, capfd):
+    arguments = [DEMO, trained / 'epoch_1.pth', 'calibrated.pth', '--num-batches', 2, '--cfg-options', *SMALL]
+    assert call(calibrate.main, *arguments) is None
+    assert 'calibrated.pth: CE statistics from 2 batches' in capfd.readouterr().out
     before, after = (read_checkpoint(path) for path in (trained / 'epoch_1.pth', folder / 'calibrated.pth'))
     assert before.keys() == after.keys() and before['state_dict'].keys() == after['state_dict'].keys()
     changed = {key for key, t in before['state_dict'].items() if not torch.equal(t, after['state_dict'][key])}
     expected = {'bd.running_mean', 'bd.running_whitening', 'ir.running_scale'}
     assert changed and all(any(key.endswith(name) for name in expected) for key in changed)
-    output(run(ROOT / 'tools' / 'test.py', DEMO, 'calibrated.pth', options=SMALL, cwd=folder))
+    assert call(run_test, DEMO, 'calibrated.pth', '--cfg-options', *SMALL) is None
+    assert 'coco/bbox_mAP: ' in capfd.readouterr().out
 
 
+@one_worker
 @pytest.mark.parametrize('content', ['missing', 'hostile', 'truncated', 'another network'])
-def test_calibrate_refuses(content, trained, folder, tmp_path, monkeypatch):
+def test_calibrate_refuses(content, trained, tmp_path):
     path, marker = tmp_path / 'a.pth', tmp_path / 'marker'
     if content == 'hostile':
         torch.save({'state_dict': {}, 'payload': Calls(os.system, f'touch {marker}')}, path)
@@ -111,81 +158,66 @@ def test_calibrate_refuses(content, trained, folder, tmp_path, monkeypatch):
         path.write_bytes((trained / 'epoch_1.pth').read_bytes()[:100_000])
     elif content == 'another network':
         torch.save({'state_dict': {'patch_embed.weight': torch.zeros(1)}}, path)
-    monkeypatch.chdir(folder)
-    argv = ['calibrate.py', DEMO, path, tmp_path / 'out.pth', '--cfg-options', *SMALL]
-    monkeypatch.setattr(sys, 'argv', list(map(str, argv)))
-    with pytest.raises(SystemExit, match='^error: [^\n]+$'):
-        calibrate.main()
+    message = call(calibrate.main, DEMO, path, tmp_path / 'out.pth', '--cfg-options', *SMALL)
+    assert re.fullmatch('error: [^\n]+', message)
     assert not (tmp_path / 'out.pth').exists() and not marker.exists()
 
 
-def test_compare_seeds(folder):
+@one_worker
+def test_truncated_checkpoint_is_refused(trained, tmp_path):
+    path = tmp_path / 'truncated.pth'
+    path.write_bytes((trained / 'epoch_1.pth').read_bytes()[:100_000])
+    message = call(run_test, DEMO, path, '--cfg-options', *SMALL)
+    assert message.startswith(f'error: checkpoint {path} is incomplete')
+
+
+def test_compare_seeds(folder, capfd):
     options = [*SMALL, 'train_cfg.max_epochs=1', 'train_cfg.val_interval=1', 'train_dataloader.batch_size=4']
-    arguments = ['--run', 'plain', PLAIN, 'model.backbone.depth=18', '--seeds', 0]
-    command = [ROOT / 'tools' / 'compare_seeds.py', *arguments, '--out-dir', 'comparison']
-    text = output(run(*command, options=options, cwd=folder))
+    arguments = ['--run', 'plain', PLAIN, 'model.backbone.depth=18', '--seeds', 0, '--out-dir', 'comparison']
+    assert call(compare_seeds.main, *arguments, '--cfg-options', *options) is None
+    text = capfd.readouterr().out
     assert 'plain, seed 0: ' in text and 'bbox_mAP' in text
     results = json.loads((folder / 'comparison' / 'results.json').read_text())
     assert list(results['runs']) == ['plain'] and len(results['runs']['plain']) == 1
     assert (folder / 'comparison' / 'comparison.png').stat().st_size > 5_000
     trained = (folder / 'comparison' / 'plain' / 'seed_0' / 'output.txt').stat().st_mtime
-    output(run(*command, options=options, cwd=folder))
+    assert call(compare_seeds.main, *arguments, '--cfg-options', *options) is None
     assert (folder / 'comparison' / 'plain' / 'seed_0' / 'output.txt').stat().st_mtime == trained, 'done, not run again'
-
-
-def test_demo_draws_detections(trained, folder, monkeypatch):
-    import demo
-
-    arguments = [DEMO, trained / 'epoch_1.pth', '--work-dir', trained, '--out', trained / 'predictions.pkl']
-    output(run(ROOT / 'tools' / 'test.py', *arguments, options=SMALL, cwd=folder))
-    monkeypatch.chdir(folder)
-    arguments = [DEMO, '--predictions', 'ce', trained / 'predictions.pkl', '--num-images', 3, '--out', 'detections.png']
-    monkeypatch.setattr(sys, 'argv', list(map(str, ['compare_detections.py', *arguments])))
-    compare_detections.main()
-    assert (folder / 'detections.png').stat().st_size > 50_000
-    assert 0 <= demo.read_metrics(trained)['coco/bbox_mAP'] <= 1
 
 
 def test_mmdets_own_tools_refuse_a_hostile_checkpoint(folder):
     marker, path = folder / 'marker', folder / 'hostile.pth'
     torch.save({'state_dict': {}, 'payload': Calls(os.system, f'touch {marker}')}, path)
     result = run(MMDET_TOOLS / 'test.py', DEMO, path, options=SMALL, cwd=folder)
-    assert result.returncode and 'UnpicklingError' in result.stderr and not marker.exists()
+    assert result.returncode and 'nothing in it was run' in result.stderr and not marker.exists()
 
 
-def test_truncated_checkpoint_is_refused(trained, folder):
-    path = folder / 'truncated.pth'
-    path.write_bytes((trained / 'epoch_1.pth').read_bytes()[:100_000])
-    result = run(ROOT / 'tools' / 'test.py', DEMO, path, options=SMALL, cwd=folder)
+def test_bad_input_is_one_line_on_the_terminal(folder):
+    result = run(ROOT / 'tools' / 'train.py', 'none.py', cwd=folder)
     assert result.returncode == 1
-    assert result.stderr.startswith(f'error: checkpoint {path} is incomplete')
+    assert len(result.stderr.strip().splitlines()) == 1 and result.stderr.startswith('error: config none.py not found')
 
 
 @pytest.mark.parametrize(
-    'arguments, options, message',
+    'arguments, message',
     [
-        (['none.py'], [], 'error: config none.py not found'),
-        ([DEMO], ['train_dataloader.dataset.data_root=none'], 'error: data root none does not exist'),
-        ([DEMO, '--resume', 'none.pth'], [], 'error: checkpoint none.pth not found'),
+        (['--cfg-options', 'train_dataloader.dataset.data_root=none'], 'error: data root none does not exist'),
+        (['--resume', 'none.pth'], 'error: checkpoint none.pth not found'),
     ],
 )
-def test_bad_input_is_one_line(folder, arguments, options, message):
-    result = run(ROOT / 'tools' / 'train.py', *arguments, options=options, cwd=folder)
-    assert result.returncode == 1
-    assert len(result.stderr.strip().splitlines()) == 1 and result.stderr.startswith(message)
+def test_missing_inputs_are_one_line(arguments, message):
+    error = call(run_train, DEMO, *arguments)
+    assert error.startswith(message) and '\n' not in error
 
 
-def test_nothing_whole_to_resume_from_is_one_line(folder, monkeypatch):
+def test_nothing_whole_to_resume_from_is_one_line(folder):
     work_dir = folder / 'killed'
     work_dir.mkdir()
     (work_dir / 'epoch_1.pth').write_bytes(b'PK')
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, 'argv', ['train.py', str(DEMO), '--work-dir', str(work_dir), '--resume'])
-    with pytest.raises(SystemExit, match='^error: no whole checkpoint to resume from in [^\n]+ without --resume$'):
-        framework_tool.run('train.py')
-    monkeypatch.setattr(sys, 'argv', [*sys.argv[:-1], '--cfg-options', 'resume=True'])
-    with pytest.raises(SystemExit, match='^error: no whole checkpoint to resume from in '):
-        framework_tool.run('train.py')
+    message = call(run_train, DEMO, '--work-dir', work_dir, '--resume')
+    assert re.fullmatch('error: no whole checkpoint to resume from in [^\n]+ without --resume', message)
+    message = call(run_train, DEMO, '--work-dir', work_dir, '--cfg-options', 'resume=True')
+    assert message.startswith('error: no whole checkpoint to resume from in ')
 
 
 def test_two_processes(folder, tmp_path):
@@ -194,17 +226,16 @@ def test_two_processes(folder, tmp_path):
     # gloo, and no device_ids, mmengine's default, which DistributedDataParallel refuses on a CPU
     options = [*SMALL, 'env_cfg.dist_cfg.backend=gloo', 'model_wrapper_cfg.type=MMDistributedDataParallel']
     options += ['model_wrapper_cfg.device_ids=None', 'model_wrapper_cfg.broadcast_buffers=False']
-    options += ['train_cfg.max_epochs=1', 'train_dataloader.batch_size=2']
+    options += ['train_cfg.max_epochs=1', 'train_cfg.val_interval=9', 'train_dataloader.batch_size=2']
     script = ROOT / 'tools' / 'dist_train.sh'
-    text = output(run(script, DEMO, 2, '--work-dir', 'two', options=options, cwd=folder, **env))
-    assert re.search(r'coco/segm_mAP: ', text)
+    output(run(script, DEMO, 2, '--work-dir', 'two', options=options, cwd=folder, **env))
     script = ROOT / 'tools' / 'dist_test.sh'
     text = output(run(script, DEMO, 'two/epoch_1.pth', 2, options=options, cwd=folder, **env))
-    assert re.search(r'coco/bbox_mAP: ', text)
+    assert re.search(r'coco/bbox_mAP: ', text) and re.search(r'coco/segm_mAP: ', text)
 
 
 @pytest.mark.parametrize('detector', ['mask-rcnn', 'retinanet'])
-def test_real_coco_images(detector, coco_tiny, tmp_path):
+def test_real_coco_images(detector, coco_tiny, tmp_path, monkeypatch, capfd):
     """The shipped configs, changed on the command line only: train, resume and test on real images."""
     config = ROOT / 'configs' / 'ce' / f'{detector}_r50-ce_fpn_1x_coco.py'
     resize = {'train': 2, 'val': 1, 'test': 1}
@@ -222,9 +253,10 @@ def test_real_coco_images(detector, coco_tiny, tmp_path):
         ]
         if split != 'train':
             options.append(f'{split}_evaluator.ann_file={coco_tiny}/annotations/instances_val2017.json')
-    train = [ROOT / 'tools' / 'train.py', config, '--work-dir', 'run']
-    output(run(*train, options=[*options, 'train_cfg.max_epochs=1'], cwd=tmp_path))
-    text = output(run(*train, '--resume', options=[*options, 'train_cfg.max_epochs=2'], cwd=tmp_path))
-    assert 'resumed epoch: 1, iter: 2' in text
-    text = output(run(ROOT / 'tools' / 'test.py', config, 'run/epoch_2.pth', options=options, cwd=tmp_path))
-    assert re.search(r'coco/bbox_mAP: ', text)
+    monkeypatch.chdir(tmp_path)
+    arguments = [config, '--work-dir', 'run', '--cfg-options', *options]
+    assert call(run_train, *arguments, 'train_cfg.max_epochs=1') is None
+    assert call(run_train, *arguments, 'train_cfg.max_epochs=2', '--resume') is None
+    assert 'resumed epoch: 1, iter: 2' in capfd.readouterr().out
+    assert call(run_test, config, 'run/epoch_2.pth', '--cfg-options', *options) is None
+    assert 'coco/bbox_mAP: ' in capfd.readouterr().out

@@ -13,10 +13,13 @@ import sys
 import warnings
 from pathlib import Path
 
-import matplotlib
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from command_line import exit_on, exit_on_problems, read_config
+
 import mmcv
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from mmdet.datasets import get_loading_pipeline
 from mmdet.registry import DATASETS
 from mmdet.structures import DetDataSample
@@ -29,9 +32,6 @@ from rich.progress import track
 
 from mmdet_ce.checkpoints import CheckpointFileError, read_predictions
 from mmdet_ce.preflight import find_problems
-
-matplotlib.use('Agg')
-from matplotlib import pyplot as plt  # noqa: E402
 
 SIDE = 512  # pixels of the longer side that boxes and labels are drawn at
 COLUMNS = 6
@@ -89,7 +89,8 @@ def draw_detections(
     per_row = max(min(COLUMNS // len(titles), num_images), 1)
     rows = -(-num_images // per_row)
     columns = per_row * len(titles)
-    figure, axes = plt.subplots(rows, columns, figsize=(2.5 * columns, 2.6 * rows), layout='constrained', squeeze=False)
+    figure = Figure(figsize=(2.5 * columns, 2.6 * rows), layout='constrained')
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.axis('off')
     cells = axes.reshape(-1, len(titles))
@@ -112,7 +113,6 @@ def draw_detections(
                 axis.set_title(title)
     out_file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out_file, dpi=110)
-    plt.close(figure)
 
 
 def main() -> None:
@@ -128,25 +128,17 @@ def main() -> None:
     parser.add_argument('--out', type=Path, default=Path('work_dirs/detections.png'), help='(default: %(default)s)')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE')
     args = parser.parse_args()
-    warnings.filterwarnings('ignore', message='pkg_resources is deprecated')  # mmengine's own
     warnings.filterwarnings('ignore', message='Warning: The (bbox|polygon) is out of bounds')  # it touches the border
     if args.num_images < 1:
         sys.exit(f'error: --num-images must be at least 1, got {args.num_images}')
-    if not Path(args.config).is_file():
-        sys.exit(f'error: config {args.config} not found')
+    cfg = read_config(args.config, args.cfg_options)
     for _, path in args.predictions:
         if not Path(path).is_file():
             sys.exit(f'error: predictions {path} not found; tools/test.py CONFIG CHECKPOINT --out {path} writes them')
-    cfg = Config.fromfile(args.config)
-    cfg.merge_from_dict(args.cfg_options or {})
     cfg.pop('test_evaluator', None)  # nothing is evaluated
-    problems = find_problems(cfg, 'test')
-    if problems:
-        sys.exit('\n'.join(f'error: {problem}' for problem in problems))
-    try:
+    exit_on_problems(find_problems(cfg, 'test'))
+    with exit_on(CheckpointFileError, ValueError):
         draw_detections(cfg, dict(args.predictions), args.out, args.num_images, args.score_thr)
-    except (CheckpointFileError, ValueError) as error:
-        sys.exit(f'error: {error}')
     print(f'written: {args.out}')
 
 

@@ -18,7 +18,10 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from child_process import end_group, process_group
+
+ROOT = Path(__file__).resolve().parents[2]
 FORMS = ('triton', 'torch')
 
 
@@ -27,14 +30,14 @@ def run(title: str, command: list[str], minutes: float, environment: dict[str, s
     print(f'gpu: {title}', flush=True)
     start = time.monotonic()
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, **pipes)
-    try:
-        output, _ = process.communicate(timeout=60 * minutes)
-        verdict = 'passed' if process.returncode == 0 else f'failed (exit status {process.returncode})'
-    except subprocess.TimeoutExpired:
-        process.kill()
-        output, _ = process.communicate()
-        verdict = f'stopped after {minutes} min'
+    with process_group([sys.executable, *command], cwd=ROOT, env=environment, **pipes) as process:
+        try:
+            output, _ = process.communicate(timeout=60 * minutes)
+            verdict = 'passed' if process.returncode == 0 else f'failed (exit status {process.returncode})'
+        except subprocess.TimeoutExpired:
+            end_group(process)
+            output, _ = process.communicate()
+            verdict = f'stopped after {minutes} min'
     output = re.sub(r'\x1b\[[0-9;]*m', '', output)
     lines = [line for line in output.splitlines() if line.strip() and ' - INFO - ' not in line or 'loss' in line]
     print(f'gpu: {title}: {verdict}, {time.monotonic() - start:.0f} s', flush=True)

@@ -63,8 +63,8 @@ def with_released_form(backbone: CEResNet) -> CEResNet:
     """Return a copy of ``backbone`` whose CE layers compute as the released code does."""
     backbone = copy.deepcopy(backbone)
     for name, ce in list(backbone.named_ce()):
-        parent, _, last = name.rpartition('.')
-        setattr(backbone.get_submodule(parent), last, ReleasedForm(ce))
+        parent, _, own_name = name.rpartition('.')
+        setattr(backbone.get_submodule(parent), own_name, ReleasedForm(ce))
     return backbone
 
 

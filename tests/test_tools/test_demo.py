@@ -1,0 +1,23 @@
+"""The demo, shortened to one epoch of a few images: what it prints, what it leaves, and how it fails."""
+
+from __future__ import annotations
+
+import demo
+
+TRAIN_LINE = (
+    '2026/11/25 03:31:00 - mmengine - INFO - Epoch(train)  [{epoch}][{iteration:3}/100]  base_lr: 1.0e-03 lr: 1.0e-03  '
+    'eta: 0:05:10  time: 0.3998  data_time: 0.0100  grad_norm: 2.1  loss: {loss:.4f}  loss_rpn_cls: 0.6931  acc: 9.0\n'
+)
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(capsys, monkeypatch):
+    with demo.training_progress(8) as watch:
+        watch('2026/11/25 03:30:00 - mmengine - INFO - Checkpoints will be saved to work_dirs/demo.\n')
+        for iteration in range(10, 101, 10):
+            watch(TRAIN_LINE.format(epoch=1, iteration=iteration, loss=2.5))
+        monkeypatch.setattr(demo, 'SECONDS_BETWEEN_LINES', 0)
+        watch(TRAIN_LINE.format(epoch=2, iteration=50, loss=1.25))
+    assert capsys.readouterr().out.splitlines() == [
+        'epoch 1/8, iteration 10/100: loss 2.5000, 0:05:10 left',
+        'epoch 2/8, iteration 50/100: loss 1.2500, 0:05:10 left',
+    ]
