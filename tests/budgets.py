@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # operators that start no kernel: they answer questions, or return memory as it is
-NO_LAUNCH = ('empty', 'new_empty', 'detach', '_unsafe_view', 'promote_types')
+NO_LAUNCH = ('empty', 'new_empty', 'detach', '_unsafe_view', 'promote_types', 'is_same_size')
 
 
 class Budget(TorchDispatchMode):
