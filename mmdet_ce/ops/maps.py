@@ -66,7 +66,7 @@ def reduce(x: GroupedMap, with_covariance: bool) -> tuple[Tensor, Tensor]:
     """Return the means m of each sample's positions and the products summed about them.
 
     About zero instead of m, a mean of many standard deviations would cost float32 the digits of the variance. 16-bit
-    maps bear it: their own rounding is larger than what the float32 sums lose.
+    maps are not harmed: their own rounding is larger than what the float32 sums lose.
 
     Their sums could overflow, though: of bfloat16 maps on CUDA from magnitudes of 1e16 on.
 

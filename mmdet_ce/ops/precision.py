@@ -37,7 +37,7 @@ def in_backward_pass() -> bool:
 
 
 def needs_float64(num_iterations: int, training: bool) -> bool:
-    """Return whether the iteration takes more steps than float32 bears.
+    """Return whether the iteration takes more steps than float32 is exact enough for.
 
     In a direction without variance P grows by half with every step, and the effect of a rounding error of Sigma with
     its square: float32 has lost all digits there after twenty steps, and P is not finite after thirty.

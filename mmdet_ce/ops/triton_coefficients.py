@@ -1,4 +1,4 @@
-"""The small matrices between the passes over a map as Triton kernels: ``coefficients`` in a dozen launches.
+"""The small matrices between the passes over a map as Triton kernels: ``coefficients`` in a few launches.
 
 The same equations as ``coefficients``, two to four stages a kernel. Products are as exact as
 float32. Nothing reads from the device, so the host runs ahead.
