@@ -235,7 +235,7 @@ def forged() -> dict[str, bytes]:
         return opcodes([torch._utils._rebuild_tensor_v2], b'(', storage, b'Q', rest, b'tR')
 
     shared: Any = ()
-    for _ in range(40):  # 2 to the 40th values for whoever walks or prints it
+    for _ in range(40):  # 2 to the 40th values for a reader that visits each of them
         shared = (shared, shared)
     rebuild, identity = torch._tensor._rebuild_from_type_v2, Calls(getattr, HistoryBuffer, 'current')
     changed = OrderedDict()
@@ -282,7 +282,7 @@ def forged() -> dict[str, bytes]:
         'an identity called': saved(Calls(identity, torch.Tensor)),
         'attributes of a dict': saved(Calls(rebuild, OrderedDict, torch.Tensor, (changed,), {'isnan': OrderedDict})),
         'a tensor of attributes': saved(Calls(rebuild, torch._utils._rebuild_parameter, int, (1, 2, 3), {'grad': 1})),
-        # what takes for ever to print, or to copy
+        # what takes too long to print or to copy
         'shared tuples': saved(shared),
         'shared tuples: getattr': saved(Calls(getattr, shared, 'mean')),
         'shared tuples: an array': saved(Calls(_reconstruct, np.ndarray, shared, b'b')),

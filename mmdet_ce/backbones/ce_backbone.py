@@ -53,8 +53,8 @@ def norm_ce(
     """Return relu(CE(norm(x)) + shortcut); what is None is left out.
 
     A BatchNorm in evaluation is an affine map, and CE takes it into its own product, as it does the shortcut and the
-    ReLU after it: two passes over x for all of them. Where somebody has hooked a module, it is called in its turn, so
-    that the hooks see what they expect; in an exported graph too, whose runtime folds the norm into the convolution
+    ReLU after it: two passes over x for all of them. A module that has a hook is called on its own, so that the hook
+    sees what it expects. So is every module in an exported graph, whose runtime folds the norm into the convolution
     before it.
 
     Args:

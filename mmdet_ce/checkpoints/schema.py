@@ -16,7 +16,7 @@ from torch import Tensor
 from .unpickler import FUNCTION, Array, History
 
 MAX_DEPTH = 64
-MAX_VALUES = 1_000_000  # with what is shared counted each time, since who reads the tree meets it each time
+MAX_VALUES = 1_000_000  # a shared value counts every time it occurs, since a reader of the tree visits it every time
 # What mmengine and mmdet write, and this project's tools. mmengine parses `config`, of older times, as Python.
 META = re.compile(
     r'epoch|iter|cfg|seed|experiment_name|time|dataset_meta|CLASSES|PALETTE|\w+_version|source|source_sha256|converter'

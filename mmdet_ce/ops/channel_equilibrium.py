@@ -136,7 +136,7 @@ class _ChannelEquilibrium(torch.autograd.Function):
         statistics = (c.mean, c.whitening, c.scale)
         ctx.mark_non_differentiable(*(t for t in statistics if t is not None))
         ctx.set_materialize_grads(False)  # for the statistics autograd would fill tensors with zeros
-        # Detached: autograd lets nobody change a function's output in place that is a view.
+        # Detached: autograd forbids changing a function's output in place where it is a view.
         return out.detach(), *statistics
 
     @staticmethod

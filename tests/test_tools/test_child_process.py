@@ -11,7 +11,7 @@ import time
 import child_process
 import pytest
 
-# a training: two workers that ignore all that can be ignored, and would outlive it
+# stands for a training: two workers that ignore every signal they can, and would outlive it
 TRAINING = """
 import signal, subprocess, sys, time
 for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):

@@ -43,7 +43,7 @@ def bytes_saved(model: nn.Module, x: Tensor) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in aside:
             saved[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # a node that kept its own output would keep itself, and the graph, for ever
+        return tensor.detach()  # a node that kept its own output would never be freed, nor would its graph
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         outputs = model(x)
