@@ -85,6 +85,11 @@ WRONG_PARTS = {
     'ema_state_dict': {'a': 'text'},
     'optimizer   ': {'state': {0: []}, 'param_groups': []},
     'optimizer    ': {'state': {}, 'param_groups': [{'lr': 1.0}]},
+    'state_dict   ': {'a\x1b[2J': torch.zeros(1)},
+    'state_dict    ': {'a' * 50_000: torch.zeros(1)},
+    'meta   ': {'seed': -1},
+    'meta    ': {'seed': 1 << 40},
+    'meta     ': {'iter': 1 << 70},
     'param_schedulers ': [{'step': 1}],
     'param_schedulers  ': [{'optimizer': {}}],
     'param_schedulers   ': {'generator': [{'_get_value': None}]},
@@ -209,6 +214,15 @@ def costly() -> dict[str, bytes]:
         out.writestr('archive/data.pkl', opcodes([{}]))
         for index in range(100_000):
             out.writestr(zipfile.ZipInfo(f'archive/data/{index}'), b'')
+    long_call = b'cnumpy\ndtype\nq\x00(' + opcodes(['f8'])[2:-1] + b'N' * 100_000 + b'tq\x01'
+    deep: list = [[]]
+    for _ in range(100):  # each holds the one before, which was seen where it is not deep
+        deep.append([deep[-1]])
+    wide = ('a' * (30 << 20) + '\U0001f600').encode()
+    sizes_that_lie = io.BytesIO(archive(opcodes([{}]), bytes(1 << 20)))
+    with zipfile.ZipFile(sizes_that_lie, 'a') as out:
+        out.getinfo('archive/data.pkl').compress_size = 1 << 20
+        out.comment = b'changed'  # so that the list is written again
     head = b''.join(opcodes([part]) for part in (0x1950A86A20F9469CFC6C, 1001, {}))
     storages = b''.join(map(storage, range(60_000)))
     return {
@@ -218,6 +232,12 @@ def costly() -> dict[str, bytes]:
         'one size of many axes': saved([Calls(*rebuild) for _ in range(10_000)]),
         'one array copied many times': saved([array() for _ in range(10_000)]),
         'many histories of one array': saved([history() for _ in range(10_000)]),
+        'one call with many arguments': archive(b'\x80\x02](' + long_call + b'h\x00h\x01R' * 20_000 + b'e.'),
+        'levels found one by one': saved(deep),
+        'characters of four bytes': archive(b'\x80\x02X' + len(wide).to_bytes(4, 'little') + wide + b'.'),
+        'keys of one hash': saved({i * (2**61 - 1): 0 for i in range(100)}),
+        'an entry longer than it is': sizes_that_lie.getvalue(),
+        'many dicts': archive(b'\x80\x02](' + b'}' * 900_000 + b'e.'),
         'a large directory': directory.getvalue(),
         'many storages before torch 1.6': head + b'\x80\x02](' + storages + b'e.' + opcodes([[]]),
     }

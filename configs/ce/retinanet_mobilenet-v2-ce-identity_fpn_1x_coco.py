@@ -3,11 +3,7 @@ custom_imports = dict(imports=['mmdet_ce'], allow_failed_imports=False)
 default_hooks = dict(checkpoint=dict(type='AtomicCheckpointHook'))
 # Weights: OpenMMLab's plain MobileNetV2. CE starts as the identity and grows in.
 model = dict(
-    backbone=dict(
-        _delete_=True,
-        type='CEMobileNetV2',
-        ce_cfg=dict(num_channels=16, identity_start=True),
-        init_cfg=dict(type='Pretrained', checkpoint='open-mmlab://mmdet/mobilenet_v2'),
-    ),
+    backbone=dict(_delete_=True, type='CEMobileNetV2', ce_cfg=dict(num_channels=16, identity_start=True)),
     neck=dict(in_channels=[24, 32, 96, 1280]),
 )
+model['backbone']['init_cfg'] = dict(type='Pretrained', checkpoint='open-mmlab://mmdet/mobilenet_v2')

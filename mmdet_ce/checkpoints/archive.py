@@ -17,6 +17,7 @@ from torch import Tensor
 from .unpickler import STORAGES, DataUnpickler, Token
 
 MAGIC = 0x1950A86A20F9469CFC6C  # of the format before torch 1.6
+SIZES = {dtype: torch.empty(0, dtype=dtype).element_size() for dtype in STORAGES.values()}
 MAX_DIRECTORY = 4 << 20  # bytes of an archive's directory, which takes ten times the memory; 500 tensors have 50 KB
 MAX_PREDICTION_OPCODES = 100_000_000  # COCO's 5000 validation images with masks take 8 million
 
@@ -48,7 +49,8 @@ def read_pickle(file: BinaryIO) -> Any:
 def _read_zip(archive: zipfile.ZipFile, length: int) -> Any:
     infos = archive.infolist()
     names = {info.filename for info in infos}
-    if sum(info.file_size for info in infos) > length or any(info.compress_type for info in infos):
+    stored = all(info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size for info in infos)
+    if sum(info.file_size for info in infos) > length or not stored:
         raise pickle.UnpicklingError('it would unpack to more than it is, as no checkpoint of torch.save does')
     pickles = [name for name in names if name.count('/') == 1 and name.endswith('/data.pkl')]
     if len(names) != len(infos) or len(pickles) != 1:
@@ -61,11 +63,23 @@ def _read_zip(archive: zipfile.ZipFile, length: int) -> Any:
     def storage(pid: Any) -> Tensor:
         dtype, key, numel = _described(pid, 5)
         if key not in storages:
-            data = archive.read(f'{folder}/data/{key}')  # checks the checksum
-            storages[key] = torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
+            data = _content(archive, f'{folder}/data/{key}')
+            storages[key] = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
         return _expected(storages[key], dtype, numel)
 
     return DataUnpickler(io.BytesIO(archive.read(pickles[0])), storage).load()
+
+
+def _content(archive: zipfile.ZipFile, name: str) -> bytearray:
+    """Return the bytes of an entry, in memory once; zipfile checks the checksum at the end."""
+    data, place = bytearray(archive.getinfo(name).file_size), 0
+    with archive.open(name) as entry:
+        for chunk in iter(lambda: entry.read(1 << 20), b''):
+            data[place : place + len(chunk)] = chunk
+            place += len(chunk)
+    if place != len(data):
+        raise pickle.UnpicklingError('it is incomplete')
+    return data
 
 
 def _read_legacy(file: BinaryIO) -> Any:
@@ -77,7 +91,7 @@ def _read_legacy(file: BinaryIO) -> Any:
         nonlocal bytes_left
         dtype, key, numel = _described(pid, 6)
         if key not in storages:
-            bytes_left -= numel * torch.empty(0, dtype=dtype).element_size()
+            bytes_left -= numel * SIZES[dtype]
             if pid[5] is not None or bytes_left < 0:
                 raise pickle.UnpicklingError('it asks for a storage that it does not hold')
             storages[key] = torch.zeros(numel, dtype=dtype)
@@ -93,7 +107,7 @@ def _read_legacy(file: BinaryIO) -> Any:
         raise pickle.UnpicklingError('it holds other storages than its tensors ask for')
     for key in keys:
         tensor, numel = storages[key], int.from_bytes(file.read(8), 'little')
-        data = file.read(numel * tensor.element_size())
+        data = file.read(len(tensor) * tensor.element_size())
         if numel != len(tensor) or len(data) != numel * tensor.element_size():
             raise pickle.UnpicklingError('it is incomplete')
         if data:

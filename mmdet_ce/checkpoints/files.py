@@ -40,47 +40,61 @@ def read_predictions(path: str | Path) -> list[dict]:
     Raises:
         CheckpointFileError: If the file cannot be read, or is something else. Nothing in it was run.
     """
+    expected = 'expected what tools/test.py --out writes'
     try:
-        with open(path, 'rb') as file:
-            size = os.fstat(file.fileno()).st_size
+        with _opened(path) as (file, size):
             predictions = Tree(MAX_SHARING * size, MAX_PREDICTION_VALUES).check(read_pickle(file))
-    except (OSError, pickle.UnpicklingError) as error:
-        raise CheckpointFileError(
-            f'{path} holds no predictions ({error}); expected what tools/test.py --out writes'
-        ) from None
+    except CheckpointFileError as error:
+        raise CheckpointFileError(f'{printable(path)} holds no predictions: {error}; {expected}') from None
     if type(predictions) is not list or any(type(one) is not dict for one in predictions):
-        raise CheckpointFileError(f'{path} holds no predictions; expected what tools/test.py --out writes')
+        raise CheckpointFileError(f'{printable(path)} holds no predictions; {expected}')
     return predictions
 
 
 def read_with_notes(path: str | Path) -> tuple[Any, list[str]]:
     """Return what ``read_checkpoint`` does, and a line for each part that was left out."""
-    path = Path(path)
+    with _opened(path) as (file, size):
+        checkpoint = Tree(MAX_SHARING * size).check(read_archive(file))
+        return checkpoint, check_training(checkpoint, Path(path).absolute()) if isinstance(checkpoint, dict) else []
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path) -> Iterator[tuple[BinaryIO, int]]:
+    """Open a file that may be damaged or hostile; give the file and its size.
+
+    Raises:
+        CheckpointFileError: If it cannot be opened, and in place of any error in the block.
+    """
+    name = f'checkpoint {printable(path)}'
     try:
+        path = Path(path)
         if not path.exists():
-            raise CheckpointFileError(f'checkpoint {path} not found')
-        if not path.is_file():
-            raise CheckpointFileError(f'checkpoint {path} is no file')
+            raise CheckpointFileError(f'{name} not found')
+        if not path.is_file():  # a pipe would be waited for
+            raise CheckpointFileError(f'{name} is no file')
         size = path.stat().st_size
         if not size:
-            raise CheckpointFileError(f'checkpoint {path} is empty; get it again')
+            raise CheckpointFileError(f'{name} is empty; get it again')
         with open(path, 'rb') as file:
-            checkpoint = Tree(MAX_SHARING * size).check(read_archive(file))
-        return checkpoint, check_training(checkpoint, path.absolute()) if isinstance(checkpoint, dict) else []
+            yield file, size
+    except CheckpointFileError:
+        raise
     except pickle.UnpicklingError as error:
         raise CheckpointFileError(
-            f'checkpoint {path} was refused, and nothing in it was run: it is damaged, or holds more than tensors and '
+            f'{name} was refused, and nothing in it was run: it is damaged, or holds more than tensors and '
             f'the training state of mmengine ({error})'
         ) from None
     except (OSError, MemoryError) as error:
-        raise CheckpointFileError(f'checkpoint {path} cannot be read: {getattr(error, "strerror", "")}') from None
-    except CheckpointFileError:
-        raise
+        cause = getattr(error, 'strerror', None) or type(error).__name__
+        raise CheckpointFileError(f'{name} cannot be read: {cause}') from None
     except Exception as error:  # a damaged file raises nearly anything
-        reason = f'{type(error).__name__}: {str(error)[:80]}'.split('\n')[0]
-        raise CheckpointFileError(
-            f'checkpoint {path} is incomplete, damaged or no checkpoint ({reason}); get it again'
-        ) from None
+        reason = f'{type(error).__name__}: {printable(error)[:80]}'
+        raise CheckpointFileError(f'{name} is incomplete, damaged or no checkpoint ({reason}); get it again') from None
+
+
+def printable(text: Any) -> str:
+    """Return a text from elsewhere in one line of at most 300 characters, without those that steer a terminal."""
+    return ''.join(c if c.isprintable() else '?' for c in str(text)[:300])
 
 
 def state_dict_of(checkpoint: Any, path: str | Path) -> dict[str, Any]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+from http.client import HTTPException
 from pathlib import Path
-from typing import Any, Optional
-from urllib.error import URLError
+from typing import Any, NamedTuple, Optional
 from urllib.parse import urlparse
 
 import torch
@@ -15,7 +16,7 @@ from mmengine.logging import print_log
 from mmengine.runner import CheckpointLoader
 from torch import Tensor
 
-from .files import CheckpointFileError, read_with_notes
+from .files import CheckpointFileError, printable, read_with_notes
 
 
 def register_loaders() -> None:
@@ -37,14 +38,18 @@ def load_from_local(filename: str, map_location: Any = None) -> dict:
     Raises:
         CheckpointFileError: As ``read_checkpoint``, and if the file holds no dict.
     """
-    path = Path(filename).expanduser()
+    path = Path(os.path.expanduser(filename))
     checkpoint, notes = read_with_notes(path)
     if not isinstance(checkpoint, dict):
-        raise CheckpointFileError(f'checkpoint {path} holds a {type(checkpoint).__name__}; expected a state dict')
-    for note in notes:
-        print_log(f'{path}: left out {note}', logger='current', level=logging.WARNING)
+        raise CheckpointFileError(
+            f'checkpoint {printable(path)} holds a {type(checkpoint).__name__}; expected a state dict'
+        )
+    if notes:
+        more = f' and {len(notes) - 3} more parts' if len(notes) > 3 else ''
+        line = f'{printable(path)}: left out {", ".join(notes[:3])}{more}'
+        print_log(line, logger='current', level=logging.WARNING)
     on_cpu = map_location is None or callable(map_location) or torch.device(map_location).type == 'cpu'
-    return checkpoint if on_cpu else _moved(checkpoint, torch.device(map_location))
+    return checkpoint if on_cpu else _moved(checkpoint, torch.device(map_location), {})
 
 
 def load_from_http(filename: str, map_location: Any = None, model_dir: Optional[str] = None) -> dict:
@@ -58,30 +63,44 @@ def load_from_http(filename: str, map_location: Any = None, model_dir: Optional[
     Raises:
         CheckpointFileError: As ``load_from_local``, and if the URL cannot be downloaded.
     """
-    path = Path(model_dir or Path(torch.hub.get_dir(), 'checkpoints'), Path(urlparse(filename).path).name)
-    if dist.get_rank() == 0:
-        _download(filename, path)
+    new = _download(filename, model_dir) if dist.get_rank() == 0 else None
     dist.barrier()
-    _download(filename, path)  # on other machines
-    return load_from_local(str(path), map_location)
-
-
-def _download(url: str, path: Path) -> None:
-    if path.exists():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sha256 = torch.hub.HASH_REGEX.search(path.name)
-    print_log(f'downloading {url} to {path}', logger='current')
+    new = new or _download(filename, model_dir)  # on other machines
     try:
-        torch.hub.download_url_to_file(url, str(path), sha256[1] if sha256 else None, progress=os.isatty(0))
-    except (OSError, RuntimeError, ValueError) as error:  # URLError is an OSError; RuntimeError: another hash
-        reason = error.reason if isinstance(error, URLError) else error
-        raise CheckpointFileError(f'checkpoint {url} could not be downloaded: {reason}') from None
+        return load_from_local(str(new.path), map_location)
+    except CheckpointFileError:
+        if new.is_new:  # else it would be taken again the next time
+            new.path.unlink()
+        raise
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+class _Download(NamedTuple):
+    path: Path
+    is_new: bool
+
+
+def _download(url: str, model_dir: Optional[str]) -> _Download:
+    """Download a file that is not there yet; the hash in a name like resnet50-0676ba61.pth is checked."""
+    try:
+        path = Path(model_dir or Path(torch.hub.get_dir(), 'checkpoints'), Path(urlparse(url).path).name)
+        if path.exists():
+            return _Download(path, False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sha256 = re.search(r'-([a-f0-9]{8,})\.', path.name)
+        print_log(f'downloading {printable(url)} to {printable(path)}', logger='current')
+        torch.hub.download_url_to_file(url, str(path), sha256 and sha256[1], progress=os.isatty(0))
+        return _Download(path, True)
+    except (OSError, HTTPException, RuntimeError, ValueError) as error:  # RuntimeError: another hash
+        reason = printable(getattr(error, 'reason', None) or error or type(error).__name__)
+        raise CheckpointFileError(f'checkpoint {printable(url)} could not be downloaded: {reason}') from None
+
+
+def _moved(value: Any, device: torch.device, done: dict[int, Tensor]) -> Any:
+    """Return a tree with its tensors on a device; one that stands in several places is moved once."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        if id(value) not in done:
+            done[id(value)] = value.to(device)
+        return done[id(value)]
     if type(value) is dict:
-        return {key: _moved(item, device) for key, item in value.items()}
-    return type(value)(_moved(item, device) for item in value) if type(value) in (list, tuple) else value
+        return {key: _moved(item, device, done) for key, item in value.items()}
+    return type(value)(_moved(item, device, done) for item in value) if type(value) in (list, tuple) else value

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple, Optional
 
-from .files import CheckpointFileError, read_checkpoint, whole_file
+from .files import CheckpointFileError, printable, read_checkpoint, whole_file
 
 STEP = re.compile(r'(epoch|iter)_(\d{1,12})\.pth')
 
@@ -48,7 +48,7 @@ def prepare_resume(work_dir: str | Path) -> Optional[str]:
         return None
     problems: list[str] = []
     newest = _newest(named, paths, problems)
-    reasons = '; '.join([f'last_checkpoint named {text[:200] or "none"}', *problems])
+    reasons = '; '.join([f'last_checkpoint named {printable(text) or "none"}', *problems])
     if newest is None:
         raise CheckpointFileError(
             f'no whole checkpoint to resume from in {work_dir} ({reasons}); expected one that a training wrote, like '
@@ -71,8 +71,8 @@ def read_training(path: str | Path) -> dict:
     meta = checkpoint.get('meta') if isinstance(checkpoint, dict) else None
     if any(type((meta or {}).get(key)) is not int for key in ('epoch', 'iter')) or 'state_dict' not in checkpoint:
         raise CheckpointFileError(
-            f'{path} is not a checkpoint of a training (no meta.epoch, meta.iter or state_dict); expected one that '
-            'tools/train.py wrote, like epoch_12.pth; weights alone belong in load_from'
+            f'{printable(path)} is not a checkpoint of a training (no meta.epoch, meta.iter or state_dict); '
+            'expected one that tools/train.py wrote, like epoch_12.pth; weights alone belong in load_from'
         )
     return checkpoint
 
@@ -128,6 +128,6 @@ def _steps(folder: Path) -> list[Path]:
 def _named(last: Path) -> str:
     if not (last.exists() or last.is_symlink()):
         return ''
-    if not last.is_file():
+    if last.is_symlink() or not last.is_file():  # the file behind a link would be replaced
         raise CheckpointFileError(f'{last} is no file; expected a text file with the path of a checkpoint; remove it')
     return last.read_text(errors='replace').replace('\0', '').strip()

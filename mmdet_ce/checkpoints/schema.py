@@ -22,6 +22,7 @@ META = re.compile(
     r'epoch|iter|cfg|seed|experiment_name|time|dataset_meta|CLASSES|PALETTE|\w+_version|source|source_sha256|converter'
 )
 NONE = type(None)
+LIMITS = dict(seed=1 << 32)  # numpy takes no larger one
 TYPES = dict(
     epoch=(int,), iter=(int,), seed=(int, NONE), cfg=(str, NONE), time=(str, NONE), experiment_name=(str, NONE)
 )
@@ -37,8 +38,7 @@ class Tree:
 
     def __init__(self, max_bytes: int, max_values: int = MAX_VALUES) -> None:
         self.bytes_left, self.max_values = max_bytes, max_values
-        self.done: dict[int, tuple[Any, int]] = {}  # what was made of an object, and the values in it
-        self.open: set[int] = set()
+        self.done: dict[int, tuple[Any, int, int]] = {}  # what was made of an object, the values and the levels in it
 
     def check(self, value: Any) -> Any:
         """Return the tree with ``HistoryBuffer`` objects in it; functions that a file names are left out.
@@ -48,28 +48,30 @@ class Tree:
         """
         return self._check(value, 0)[0]
 
-    def _check(self, value: Any, depth: int) -> tuple[Any, int]:
+    def _check(self, value: Any, depth: int) -> tuple[Any, int, int]:
         if type(value) in (str, int, float, bool, bytes, type(None)):
-            return value, 1
-        if id(value) in self.done:
-            return self.done[id(value)]
-        if depth > MAX_DEPTH or id(value) in self.open:
+            return value, 1, 0
+        if depth > MAX_DEPTH:  # in a container that holds itself, too
             raise pickle.UnpicklingError(f'it nests containers deeper than {MAX_DEPTH}')
-        self.open.add(id(value))
-        made, count = self._made(value, depth + 1)
-        self.open.remove(id(value))
-        if count > self.max_values:
-            raise pickle.UnpicklingError(f'it holds more than {self.max_values} values')
-        self.done[id(value)] = made, count
-        return made, count
+        if id(value) not in self.done:
+            self.done[id(value)] = self._made(value, depth + 1)
+        made, count, levels = self.done[id(value)]
+        if count > self.max_values or depth + levels > MAX_DEPTH:
+            raise pickle.UnpicklingError(f'it holds more than {self.max_values} values, or {MAX_DEPTH} levels')
+        return made, count, levels
 
-    def _made(self, value: Any, depth: int) -> tuple[Any, int]:
-        if type(value) is dict:
-            items = {key: self._check(item, depth) for key, item in value.items() if item is not FUNCTION}
-            return {key: item for key, (item, _) in items.items()}, 1 + sum(count for _, count in items.values())
-        if type(value) in (list, tuple):
-            checked = [self._check(item, depth) for item in value]
-            return type(value)(item for item, _ in checked), 1 + sum(count for _, count in checked)
+    def _made(self, value: Any, depth: int) -> tuple[Any, int, int]:
+        if type(value) in (dict, list, tuple):
+            items = value.values() if type(value) is dict else value
+            checked = [self._check(item, depth) for item in items if item is not FUNCTION or type(value) is not dict]
+            made = [item for item, _, _ in checked]
+            if type(value) is dict:
+                made = zip([key for key, item in value.items() if item is not FUNCTION], made)
+            levels = 1 + max((levels for _, _, levels in checked), default=0)
+            return type(value)(made), 1 + sum(count for _, count, _ in checked), levels
+        return (*self._made_leaf(value), 0)
+
+    def _made_leaf(self, value: Any) -> tuple[Any, int]:
         if type(value) is Counter:  # of integers
             return value, 1 + len(value)
         if type(value) is Tensor:
@@ -115,6 +117,9 @@ def check_training(checkpoint: dict, path: Path) -> list[str]:
     _expect(type(meta) is dict, 'its meta is no dict')
     for key in meta.keys() & TYPES.keys():
         _expect(type(meta[key]) in TYPES[key], f'its meta.{key} is a {type(meta[key]).__name__}')
+        _expect(
+            type(meta[key]) is not int or 0 <= meta[key] < LIMITS.get(key, 1 << 40), f'its meta.{key} is out of range'
+        )
     removed = [key for key in meta if type(key) is not str or not META.fullmatch(key)]
     for key in removed:
         del meta[key]
@@ -131,6 +136,7 @@ def _check_state_dict(state_dict: Any, part: str) -> None:
     _expect(type(state_dict) is dict, f'its {part} is no dict')
     for key, tensor in state_dict.items():
         _expect(type(key) is str, f'its {part} has a name of type {type(key).__name__}')
+        _expect(len(key) < 1000 and key.isprintable(), f'its {part} has a name that cannot be printed')
         is_tensor = type(tensor) is Tensor or key.endswith('_extra_state')
         _expect(is_tensor, f'its {part} holds a {type(tensor).__name__} among the tensors')
 

@@ -18,8 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MAX_OPCODES = 1_000_000  # a training checkpoint of a ResNet-50 detector has 30,000
-MAX_AXES = 64
+MAX_OPCODES = 500_000  # a training checkpoint of a ResNet-50 detector has 30,000
+MAX_ARGUMENTS = 8
+MAX_AXES = 16
+MAX_KEY = 2**61 - 1  # Python hashes larger ones to the same as small ones
+MAX_WIDE_TEXT = 4 << 20  # bytes of texts whose characters take up to four bytes in memory for one in the file
 MAX_COPIES = 4  # times the bytes of a pickle that what is copied out of it may take
 COPIED = {str: 1, bytes: 1, dict: 100}  # bytes for each item
 STORAGES = {
@@ -143,6 +146,7 @@ MAKERS: dict[str, Callable] = {
     **{f'numpy.{core}.multiarray.scalar': _scalar for core in ('core', '_core')},
     **{f'{builtins}.getattr': _function for builtins in ('builtins', '__builtin__')},
 }
+NARROW = bytes(range(0xC4))  # of UTF-8, in texts of characters up to 255
 # what it may name without calling it
 NAMES = {HISTORY, ONE_CYCLE, 'numpy.ndarray', *(f'{m}.{name}' for m in ('torch', 'torch.cuda') for name in STORAGES)}
 
@@ -150,6 +154,8 @@ NAMES = {HISTORY, ONE_CYCLE, 'numpy.ndarray', *(f'{m}.{name}' for m in ('torch',
 def _set(target: Any, key: Any, value: Any) -> None:
     if type(target) is not dict or type(key) not in (str, int, float, bool, type(None)):
         raise pickle.UnpicklingError(f'it sets an item of a {type(target).__name__} by a {type(key).__name__}')
+    if type(key) is int and not -MAX_KEY < key < MAX_KEY:
+        raise pickle.UnpicklingError('it has a key of more digits than any checkpoint')
     target[key] = value
 
 
@@ -172,6 +178,7 @@ class DataUnpickler(pickle._Unpickler):
     ) -> None:
         super().__init__(file, encoding='ascii')
         self.storage, self.makers, self.max_opcodes = storage, {**MAKERS, **(makers or {})}, max_opcodes
+        self.wide_text_left = MAX_WIDE_TEXT
         start = file.tell()
         self.bytes_left = MAX_COPIES * (file.seek(0, io.SEEK_END) - start)
         file.seek(start)
@@ -220,7 +227,8 @@ class DataUnpickler(pickle._Unpickler):
     def load_reduce(self) -> None:
         """Make what an admitted name makes."""
         args, name = self.stack.pop(), self.stack[-1]
-        if type(name) is not Token or type(args) is not tuple or name.name not in self.makers:
+        known = type(name) is Token and type(args) is tuple and name.name in self.makers
+        if not known or len(args) > MAX_ARGUMENTS:
             raise pickle.UnpicklingError('it calls something that no checkpoint calls')
         self._charge(sum(len(arg) * COPIED[type(arg)] for arg in args if type(arg) in COPIED))
         self.stack[-1] = self.makers[name.name](*args)
@@ -271,6 +279,16 @@ class DataUnpickler(pickle._Unpickler):
         for key, value in zip(items[::2], items[1::2]):
             _set(self.stack[-1], key, value)
 
+    def load_binunicode(self) -> None:
+        """Append a text; long ones have characters of one byte, as arrays do, which are written as text."""
+        length = int.from_bytes(self.read(4), 'little')
+        data = self.read(length)
+        if data.translate(None, NARROW):
+            self.wide_text_left -= length
+        if len(data) != length or self.wide_text_left < 0:
+            raise pickle.UnpicklingError('it is incomplete, or its texts are too long')
+        self.append(data.decode(errors='surrogatepass'))
+
     def load_binpersid(self) -> None:
         """Append the storage of a persistent id."""
         self.append(self.storage(self.stack.pop()))
@@ -279,12 +297,13 @@ class DataUnpickler(pickle._Unpickler):
 _OWN = {
     pickle.REDUCE: 'reduce', pickle.NEWOBJ: 'newobj', pickle.BUILD: 'build', pickle.APPEND: 'append',
     pickle.APPENDS: 'appends', pickle.SETITEM: 'setitem', pickle.SETITEMS: 'setitems', pickle.BINPERSID: 'binpersid',
+    pickle.BINUNICODE: 'binunicode',
 }  # fmt: skip
 _AS_PYTHON = (
     pickle.PROTO, pickle.STOP, pickle.GLOBAL, pickle.MARK, pickle.EMPTY_DICT, pickle.EMPTY_LIST, pickle.EMPTY_TUPLE,
     pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE,
-    pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.BINFLOAT, pickle.BINUNICODE,
-    pickle.SHORT_BINSTRING, pickle.BINGET, pickle.LONG_BINGET, pickle.BINPUT, pickle.LONG_BINPUT,
+    pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.BINFLOAT, pickle.SHORT_BINSTRING,
+     pickle.BINGET, pickle.LONG_BINGET, pickle.BINPUT, pickle.LONG_BINPUT,
 )  # fmt: skip
 HANDLERS = {
     **{opcode[0]: pickle._Unpickler.dispatch[opcode[0]] for opcode in _AS_PYTHON},
