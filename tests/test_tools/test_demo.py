@@ -1,8 +1,11 @@
-"""The demo, shortened to one epoch of a few images: what it prints, what it leaves, and how it fails."""
+"""What the demo shows of a training, and how it fails; a whole one is run in test_train_and_test.py."""
 
 from __future__ import annotations
 
 import demo
+import pytest
+from conftest import ROOT
+from utils import call
 
 TRAIN_LINE = (
     '2026/11/25 03:31:00 - mmengine - INFO - Epoch(train)  [{epoch}][{iteration:3}/100]  base_lr: 1.0e-03 lr: 1.0e-03  '
@@ -21,3 +24,17 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(capsys, monkeypatch)
         'epoch 1/8, iteration 10/100: loss 2.5000, 0:05:10 left',
         'epoch 2/8, iteration 50/100: loss 1.2500, 0:05:10 left',
     ]
+
+
+@pytest.mark.slow
+def test_a_training_that_fails_ends_the_demo_with_its_status_and_message(tmp_path, monkeypatch, capsys):
+    config = tmp_path / 'broken.py'
+    config.write_text(f"_base_ = '{ROOT / demo.CONFIG}'\ntrain_dataloader = dict(dataset=dict(data_root='none'))\n")
+    (tmp_path / 'data' / 'shapes').mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, 'ROOT', tmp_path)
+    monkeypatch.setattr(demo, 'CONFIG', config)
+    assert call(demo.main, '--work-dir', 'run') == 1
+    printed = capsys.readouterr()
+    assert printed.out.count('$ python tools/') == 1, 'nothing is run after it'
+    assert 'error: data root none does not exist' in printed.err and 'its whole output: run/output.txt' in printed.err
