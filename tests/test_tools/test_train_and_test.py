@@ -223,10 +223,9 @@ def test_nothing_whole_to_resume_from_is_one_line(folder):
 
 def test_two_processes(folder, tmp_path):
     (tmp_path / 'sitecustomize.py').write_text(NO_GPU_TO_SELECT)
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    env = dict(PYTHONPATH=str(tmp_path), OMP_NUM_THREADS='1', PORT=str(port))
+    with socket.create_server(('127.0.0.1', 0)) as server:  # free, where another suite runs on this machine
+        port = str(server.getsockname()[1])
+    env = dict(PYTHONPATH=str(tmp_path), OMP_NUM_THREADS='1', PORT=port)
     # gloo, and no device_ids, mmengine's default, which DistributedDataParallel refuses on a CPU
     options = [*SMALL, 'env_cfg.dist_cfg.backend=gloo', 'model_wrapper_cfg.type=MMDistributedDataParallel']
     options += ['model_wrapper_cfg.device_ids=None', 'model_wrapper_cfg.broadcast_buffers=False']
