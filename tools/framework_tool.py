@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import re
 import runpy
@@ -79,40 +80,46 @@ def find_tool(name: str, framework: str = 'mmdet') -> Path:
     )
 
 
-def leave_process_group(backends: tuple[str, ...]) -> None:
-    """Leave torch.distributed if it runs on one of these backends."""
-    if dist.is_available() and dist.is_initialized() and dist.get_backend() in backends:
-        dist.destroy_process_group()
-
-
 def run(name: str) -> None:
     """Run the framework's ``tools/<name>`` ('train.py' or 'test.py') with this process's command line."""
     flush_denormals()
+    message = run_until_error(name)
+    leave_process_group(failed=message is not None)
+    if message is not None:
+        sys.exit(f'error: {message}')
+
+
+def run_until_error(name: str) -> Optional[str]:
+    """Run the framework's tool; return what went wrong in words for the user, or None if it ran to its end."""
     try:
         framework = framework_of(sys.argv[1:])
         tool = runpy.run_path(str(find_tool(name, framework)), run_name=f'{framework}_{name}')
         args = tool['parse_args']()
         exit_on_problems(check(args, Path(name).stem))
         tool['main']()
-        leave_process_group(('gloo', 'nccl'))
-    except FileNotFoundError as error:
-        if problem := image_error(error):
-            sys.exit(f'error: {problem}')
-        if error.filename is not None:  # raised by the operating system somewhere inside: its traceback tells where
-            raise
-        sys.exit(f'error: {error}')
+        return None
     except URLError as error:
-        sys.exit(f'error: a checkpoint or file of weights could not be downloaded: {error.reason}')
+        return f'a checkpoint or file of weights could not be downloaded: {error.reason}'
     except (CheckpointFileError, CheckpointMismatchError, FolderInUseError) as error:
-        sys.exit(f'error: {error}')
+        return str(error)
     except Exception as error:
         if problem := image_error(error):
-            sys.exit(f'error: {problem}')
+            return problem
+        # with a file name it comes from the operating system, somewhere inside: its traceback tells where
+        if isinstance(error, FileNotFoundError) and error.filename is None:
+            return str(error)
         raise
-    finally:
-        # After an error, too: gloo's threads, still running at exit, can abort the process. NCCL would wait here for
-        # what the other processes no longer do; the launcher ends them.
-        leave_process_group(('gloo',))
+
+
+def leave_process_group(failed: bool) -> None:
+    """Leave torch.distributed, all of whose threads are then gone: gloo's, still there at exit, can abort the process.
+
+    Args:
+        failed: Whether the run ended with an error. NCCL is not left then: it would wait for the other processes.
+    """
+    if dist.is_available() and dist.is_initialized() and not (failed and dist.get_backend() != 'gloo'):
+        gc.collect()  # the model holds the group, which ends its threads when nothing holds it any more
+        dist.destroy_process_group()
 
 
 def check(args, split: str) -> list[str]:
