@@ -6,6 +6,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, Optional
 
@@ -58,11 +59,16 @@ def output_gradient(shape: torch.Size, dtype: torch.dtype, device: torch.device)
     return torch.randn(shape, device=device).to(dtype)
 
 
+def _autocast(x: Tensor, dtype: torch.dtype) -> AbstractContextManager:
+    # Switched off, too, torch 2.3 and older refuse a dtype that autocast does not have on the device
+    return nullcontext() if dtype == torch.float32 else torch.autocast(x.device.type, dtype=dtype)
+
+
 def train_step(model: nn.Module, x: Tensor, dtype: torch.dtype) -> None:
     """Run forward and backward of one step."""
     model.zero_grad(set_to_none=True)
     x.grad = None
-    with torch.autocast(x.device.type, dtype=dtype, enabled=dtype != torch.float32):
+    with _autocast(x, dtype):
         outputs = model(x)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     outputs = [out for out in outputs if out.requires_grad]  # of frozen stages none does
@@ -72,7 +78,7 @@ def train_step(model: nn.Module, x: Tensor, dtype: torch.dtype) -> None:
 @torch.no_grad()
 def inference(model: nn.Module, x: Tensor, dtype: torch.dtype) -> None:
     """Run forward alone."""
-    with torch.autocast(x.device.type, dtype=dtype, enabled=dtype != torch.float32):
+    with _autocast(x, dtype):
         model(x)
 
 
