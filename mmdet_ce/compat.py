@@ -28,6 +28,7 @@ FEATURES = {
     'torch.export and export to ONNX': (2, 6),
     'the Triton form on a GPU': (2, 7),
     'float16 under autocast on a CPU': (2, 4),
+    'training of a float16 CE layer on a CPU': (2, 1),
 }
 
 

@@ -136,7 +136,9 @@ def _annotation_problem(dataset: dict, ann_file: Path, where: str) -> Optional[s
         return None if is_dict else f'{name} is incomplete or no JSON; {expected}'
     try:
         with redirect_stdout(io.StringIO()):
-            built = DATASETS.build({**dataset, 'pipeline': [], 'serialize_data': False, 'lazy_init': False})
+            # Not by the registry: that of mmengine 0.8 makes another error of what goes wrong
+            arguments = {key: value for key, value in dataset.items() if key not in ('type', '_scope_')}
+            built = kind(**{**arguments, 'pipeline': [], 'serialize_data': False, 'lazy_init': False})
     except Exception as error:
         return f'{name} cannot be read ({type(error).__name__}: {error}); {expected}'
     classes, found = built.metainfo.get('classes', ()), getattr(built, 'cat_ids', None)

@@ -176,7 +176,8 @@ def live(marker: Path) -> dict[str, bytes]:
             member = tarfile.TarInfo(name)
             member.size = len(pickled)
             out.addfile(member, io.BytesIO(pickled))
-    function = [Calls(marshal.loads, marshal.dumps(compile(python, '', 'exec'))), {}]
+    builtins = {'__builtins__': Calls(__import__, 'builtins')}  # Python 3.10 and later give them to any function
+    function = [Calls(marshal.loads, marshal.dumps(compile(python, '', 'exec'))), builtins]
     return {
         **{name: saved(payload) for name, payload in payloads.items()},
         # in other words
