@@ -26,7 +26,8 @@ train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
     dict(type='RandomFlip', prob=0.5),
-    dict(type='PackDetInputs'),
+    # named, since mmdet 3.0 takes a missing scale_factor for an error
+    dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'flip', 'flip_direction')),
 ]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
