@@ -84,6 +84,8 @@ WRONG_PARTS = {
     'message_hub ': {'log_scalars': {}, 'resumed_keys': {}, 'runtime_info': {'keep_ckpt_ids': ['../../a']}},
     'ema_state_dict': {'a': 'text'},
     'optimizer   ': {'state': {0: []}, 'param_groups': []},
+    'optimizer     ': {'state': {}, 'param_groups': [{'params': [0], 'lr': 'fast'}]},
+    'param_schedulers    ': [{'last_step': 'last'}],
     'optimizer    ': {'state': {}, 'param_groups': [{'lr': 1.0}]},
     'state_dict   ': {'a\x1b[2J': torch.zeros(1)},
     'state_dict    ': {'a' * 50_000: torch.zeros(1)},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import importlib
 import re
@@ -15,10 +16,11 @@ from urllib.error import URLError
 from command_line import exit_on_problems, flush_denormals
 
 from mmengine.config import Config
+from mmengine.runner import Runner
 from torch import distributed as dist
 
 from mmdet_ce.backbones.loading_report import CheckpointMismatchError
-from mmdet_ce.checkpoints import CheckpointFileError, FolderInUseError
+from mmdet_ce.checkpoints import CheckpointFileError, FolderInUseError, printable
 from mmdet_ce.checkpoints.resume import prepare_resume
 from mmdet_ce.preflight import find_problems
 
@@ -103,12 +105,35 @@ def run_until_error(name: str) -> Optional[str]:
     except (CheckpointFileError, CheckpointMismatchError, FolderInUseError) as error:
         return str(error)
     except Exception as error:
-        if problem := image_error(error):
+        problem = image_error(error) or disk_error(error) or resume_error(error)
+        if problem:
             return problem
         # with a file name it comes from the operating system, somewhere inside: its traceback tells where
         if isinstance(error, FileNotFoundError) and error.filename is None:
             return str(error)
         raise
+
+
+# a full disk, a quota, a limit on file sizes, a folder that only can be read
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+
+
+def disk_error(error: Exception) -> Optional[str]:
+    """Say that nothing can be written, where that is what went wrong."""
+    if not isinstance(error, OSError) or error.errno not in DISK_ERRORS:
+        return None
+    place = f'{error.filename}: ' if error.filename else ''
+    return f'{place}{error.strerror}; make room there, or name another --work-dir. Checkpoints are as they were'
+
+
+def resume_error(error: Exception) -> Optional[str]:
+    """Say that a checkpoint does not fit the training, where mmengine failed while it resumed from it."""
+    if all(frame.f_code is not Runner.resume.__code__ for frame, _ in traceback.walk_tb(error.__traceback__)):
+        return None
+    return (
+        f'the training cannot be resumed from this checkpoint ({type(error).__name__}: {printable(error)}); '
+        'expected one that a training of this config wrote'
+    )
 
 
 def leave_process_group(failed: bool) -> None:

@@ -2,6 +2,7 @@
 
 from .files import (
     CheckpointFileError,
+    printable,
     read_checkpoint,
     read_predictions,
     sha256,
@@ -19,6 +20,7 @@ __all__ = [
     'load_from_http',
     'load_from_local',
     'lock_folder',
+    'printable',
     'read_checkpoint',
     'read_predictions',
     'register_loaders',

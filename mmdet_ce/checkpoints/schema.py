@@ -153,6 +153,8 @@ def _check_optimizer(optimizer: Any) -> None:
     _expect(type(state) is dict and all(type(one) is dict for one in state.values()), 'its optimizer has no state')
     known = type(groups) is list and all(type(group) is dict and type(group.get('params')) is list for group in groups)
     _expect(known, 'its optimizer has no param_groups with params')
+    numbers = [group.get(key, 0) for group in groups for key in ('lr', 'initial_lr', 'momentum', 'weight_decay')]
+    _expect(all(type(one) in (int, float, Tensor) for one in numbers), 'its optimizer has settings that are no numbers')
 
 
 def _check_schedulers(schedulers: Any) -> None:
@@ -163,6 +165,9 @@ def _check_schedulers(schedulers: Any) -> None:
     for one in schedulers:
         _expect(type(one) is dict, 'its param_schedulers hold something else than states')
         replaced = [key for key in one if hasattr(_ParamScheduler, str(key))]
+        _expect(
+            all(type(one.get(key, 0)) is int for key in ('last_step', '_global_step')), 'its schedulers have no step'
+        )
         _expect(not replaced and 'optimizer' not in one, 'its param_schedulers replace functions of the scheduler')
 
 

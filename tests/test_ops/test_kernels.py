@@ -52,7 +52,8 @@ def test_the_choice_and_its_reason_are_logged_once(monkeypatch):
         ((9, 0), 'auto', None),
     ],
 )
-def test_auto_takes_triton_where_it_was_tested(capability, choice, obstacle):
+def test_auto_takes_triton_where_it_was_tested(capability, choice, obstacle, monkeypatch):
+    monkeypatch.setattr(kernels, 'TESTED_CAPABILITIES', {(9, 0)})
     assert kernels.capability_obstacle(capability, choice) == obstacle
 
 

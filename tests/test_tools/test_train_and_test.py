@@ -175,6 +175,45 @@ def test_truncated_checkpoint_is_refused(trained, tmp_path):
     assert message.startswith(f'error: checkpoint {path} is incomplete')
 
 
+def damage(checkpoint: dict, part: str) -> None:
+    """Exchange a part of a training's state by one of the right type that does not fit."""
+    groups = checkpoint['optimizer']['param_groups']
+    if part == 'optimizer of another network':
+        groups[0]['params'] = groups[0]['params'][:3]
+    elif part == 'learning rate':
+        groups[0]['lr'] = 'fast'
+    elif part == 'step':
+        checkpoint['param_schedulers'][0]['last_step'] = 'last'
+
+
+@one_worker
+@pytest.mark.parametrize('part', ['optimizer of another network', 'learning rate', 'step'])
+def test_a_state_that_does_not_fit_is_one_line(part, trained, tmp_path):
+    checkpoint = read_checkpoint(trained / 'epoch_1.pth')
+    damage(checkpoint, part)
+    torch.save(checkpoint, tmp_path / 'epoch_1.pth')
+    arguments = ['--work-dir', tmp_path, '--resume', tmp_path / 'epoch_1.pth']
+    message = call(run_train, DEMO, *arguments, '--cfg-options', *SMALL, 'train_cfg.max_epochs=2')
+    assert re.fullmatch('error: [^\n]+', message) and ('resume' in message or 'refused' in message), message
+
+
+@one_worker
+def test_a_full_disk_is_one_line_and_loses_nothing(trained, folder, tmp_path):
+    """A limit on the size of files stands in for a full disk, from the second checkpoint on."""
+    first = (trained / 'epoch_1.pth').read_bytes()
+    (tmp_path / 'epoch_1.pth').write_bytes(first)
+    (tmp_path / 'sitecustomize.py').write_text(
+        'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))'
+    )
+    arguments = ['--work-dir', tmp_path, '--resume', tmp_path / 'epoch_1.pth']
+    options = [*SMALL, 'train_cfg.max_epochs=2', 'train_dataloader.batch_size=4']
+    result = run(ROOT / 'tools' / 'train.py', DEMO, *arguments, options=options, cwd=folder, PYTHONPATH=str(tmp_path))
+    assert result.returncode == 1 and 'Traceback' not in result.stderr, result.stderr[-3000:]
+    assert 'File too large; make room there' in result.stderr.splitlines()[-1]
+    assert (tmp_path / 'epoch_1.pth').read_bytes() == first
+    assert not (tmp_path / 'epoch_2.pth').exists() and not [*tmp_path.glob('.*.tmp')]
+
+
 def test_compare_seeds(folder, capfd):
     options = [*SMALL, 'train_cfg.max_epochs=1', 'train_cfg.val_interval=1', 'train_dataloader.batch_size=4']
     arguments = ['--run', 'plain', PLAIN, 'model.backbone.depth=18', '--seeds', 0, '--out-dir', 'comparison']
