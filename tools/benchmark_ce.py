@@ -17,8 +17,9 @@ from typing import Any
 from command_line import flush_denormals
 
 import torch
-from benchmark.models import OnnxRuntime, ReleasedForm, plain_and_ce, rivals, with_released_form
+from benchmark.models import OnnxRuntime, ReleasedForm, plain_and_ce, with_released_form
 from benchmark.report import report
+from benchmark.rivals import rivals
 from benchmark.timing import measure
 from torch import nn
 

@@ -8,7 +8,7 @@ import json
 import benchmark_ce
 import pytest
 import torch
-from benchmark import models, timing
+from benchmark import models, rivals, timing
 from utils import assert_agree, call, randomize
 
 from mmdet_ce import CEResNet, ChannelEquilibrium
@@ -39,8 +39,9 @@ def test_bytes_saved_counts_each_tensor_once():
     assert timing.bytes_saved(model, x) == 3 * 8 * 4, "sigmoid's output; the weights and the input are aside"
 
 
-def test_rivals_are_networks_of_the_same_levels():
-    plain, *others = CEResNet(depth=50, ce_cfg=None), *models.rivals(50, norm_eval=True).values()
+@pytest.mark.parametrize('depth', [18, 50])
+def test_rivals_are_networks_of_the_same_levels(depth):
+    plain, *others = CEResNet(depth, ce_cfg=None), *rivals.rivals(depth, norm_eval=True).values()
     x = torch.randn(2, 3, 64, 64)
     shapes = [level.shape for level in plain(x)]
     assert len(others) == 2
@@ -49,15 +50,19 @@ def test_rivals_are_networks_of_the_same_levels():
         assert sum(p.numel() for p in other.parameters()) > sum(p.numel() for p in plain.parameters())
 
 
-def test_squeeze_and_excitation_takes_part():
-    network = models.SEResNet(depth=50)
+@pytest.mark.parametrize('depth', [18, 50])
+@pytest.mark.parametrize(('rival', 'parameter'), [('gc', 'channel_add_conv.3.bias'), ('se', 'conv2.conv.bias')])
+def test_a_rival_takes_part_in_every_block_that_has_one(depth, rival, parameter):
+    network = rivals.RivalResNet(depth, rival)
     network.eval()  # mmdet's returns nothing
     x = torch.randn(1, 3, 32, 32)
-    before = network(x)[-1]
-    with torch.no_grad():
-        for block in network.layer4:
-            block.se.conv2.conv.bias.fill_(-3)
-    assert not torch.allclose(network(x)[-1], before)
+    with_rival = [name for name, _ in network.named_parameters() if name.endswith(f'rival.{parameter}')]
+    assert len(with_rival) == sum(network.stage_blocks[rival == 'gc' :])
+    for name in with_rival:
+        before = network(x)[-1]
+        with torch.no_grad():
+            network.get_parameter(name).add_(1)
+        assert not torch.allclose(network(x)[-1], before), name
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What tools/benchmark_ce.py compares CE with: its released form, the plain network, and other blocks for it."""
+"""What tools/benchmark_ce.py compares CE with: its released form, the plain network, and onnxruntime."""
 
 from __future__ import annotations
 
@@ -9,16 +9,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from mmdet.models import ResNet
-from mmdet.models.backbones.resnet import Bottleneck
-from mmdet.models.layers import SELayer
 from torch import Tensor, nn
 
 from mmdet_ce import CEResNet, ChannelEquilibrium
-
-# mmdet's configs/gcnet, the lighter of its ratios
-CONTEXT_BLOCK = dict(
-    cfg=dict(type='ContextBlock', ratio=1 / 16), stages=(False, True, True, True), position='after_conv3'
-)
 
 
 class ReleasedForm(nn.Module):
@@ -66,36 +59,6 @@ def with_released_form(backbone: CEResNet) -> CEResNet:
         parent, _, own_name = name.rpartition('.')
         setattr(backbone.get_submodule(parent), own_name, ReleasedForm(ce))
     return backbone
-
-
-class SEBottleneck(Bottleneck):
-    """mmdet's Bottleneck with squeeze-and-excitation after the last norm, where CE would be."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.se = SELayer(self.conv3.out_channels)
-
-    @property
-    def norm3(self) -> nn.Module:
-        """The last norm and what follows it."""
-        norm, se = getattr(self, self.norm3_name), getattr(self, 'se', None)
-        return norm if se is None else lambda x: se(norm(x))
-
-
-class SEResNet(ResNet):
-    """mmdet's ResNet with squeeze-and-excitation in every bottleneck."""
-
-    arch_settings = {50: (SEBottleneck, (3, 4, 6, 3)), 101: (SEBottleneck, (3, 4, 23, 3))}
-
-
-def rivals(depth: int, **options: Any) -> dict[str, ResNet]:
-    """Return plain networks with the blocks that a user would pick instead of CE; none without bottlenecks."""
-    if depth not in SEResNet.arch_settings:
-        return {}
-    return {
-        'plain + ContextBlock': ResNet(depth=depth, plugins=[CONTEXT_BLOCK], **options),
-        'plain + SE': SEResNet(depth=depth, **options),
-    }
 
 
 def plain_and_ce(depth: int, x: Tensor, **options: Any) -> tuple[ResNet, CEResNet]:
