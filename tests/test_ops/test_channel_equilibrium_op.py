@@ -10,7 +10,7 @@ from torch import nn
 from utils import assert_agree, randomize
 
 from mmdet_ce import ChannelEquilibrium
-from mmdet_ce.ops import channel_equilibrium, channel_equilibrium_reference
+from mmdet_ce.ops import channel_equilibrium, channel_equilibrium_reference, maps
 
 
 def norm_and_ce(dtype=torch.float64, affine=True, **kwargs):
@@ -59,8 +59,10 @@ def test_folded_norm_equals_norm_then_ce(training, affine, identity_start):
 @pytest.mark.parametrize('training', [True, False])
 @pytest.mark.parametrize('num_channels', [8, 32])
 @pytest.mark.parametrize('samples', [1, 3])
-def test_memory_formats_agree(training, num_channels, samples):
+@pytest.mark.parametrize('least_sample', [1, maps.LEAST_SAMPLE])  # channels_last is read by strides, or copied
+def test_memory_formats_agree(training, num_channels, samples, least_sample, monkeypatch):
     """Output, gradients and running values, with a gradient of either format; and the format is kept."""
+    monkeypatch.setattr(maps, 'LEAST_SAMPLE', least_sample)
     norm, ce = norm_and_ce(num_channels=num_channels)
     ce.train(training)
     x = torch.randn(samples, 32, 5, 7, dtype=torch.float64)
@@ -193,13 +195,14 @@ def test_a_large_mean_costs_no_digits(training):
         assert_agree(a, b, 1e-4)
 
 
-def test_traced_and_untraced_agree():
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+def test_traced_and_untraced_agree(memory_format):
     """mmengine's complexity analysis traces, in grad mode."""
     norm, ce = norm_and_ce(torch.float32)
-    x = torch.randn(2, 32, 4, 4)
+    x = torch.randn(2, 32, 4, 4).to(memory_format=memory_format)
     traced = torch.jit.trace(ce.eval(), x)
     assert_agree(traced(x), ce(x), 1e-6)
-    other = torch.randn(3, 32, 4, 4)
+    other = torch.randn(3, 32, 4, 4).to(memory_format=memory_format)
     assert_agree(traced(other), ce(other), 1e-6, 'another batch size')
 
 

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from utils import assert_agree
+from budgets import layer_budget
+from utils import assert_agree, randomize
 
+from mmdet_ce import ChannelEquilibrium
 from mmdet_ce.ops import maps
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
+
+
+@pytest.fixture(params=[True, False], ids=['strides', 'copy'])
+def reads_by_strides(request, monkeypatch):
+    """Choose how channels_last maps of any size are read."""
+    monkeypatch.setattr(maps, 'LEAST_SAMPLE', 1 if request.param else 2**60)
 
 
 def make(memory_format):
@@ -20,7 +28,7 @@ def make(memory_format):
 
 @pytest.mark.parametrize('memory_format', FORMATS)
 @pytest.mark.parametrize('with_scratch', [True, False])
-def test_reduce(memory_format, with_scratch):
+def test_reduce(memory_format, with_scratch, reads_by_strides):
     (x, *_), (groups, _) = make(memory_format)
     grouped = maps.group(x, 4, torch.float64, with_scratch=with_scratch)
     centered = groups - groups.mean(3, keepdim=True)
@@ -33,12 +41,13 @@ def test_reduce(memory_format, with_scratch):
 
 
 @pytest.mark.parametrize('memory_format', FORMATS)
-def test_apply_and_its_backward(memory_format):
+@pytest.mark.parametrize('with_scratch', [True, False])
+def test_apply_and_its_backward(memory_format, with_scratch, reads_by_strides):
     (x, grad, shortcut), (groups, _) = make(memory_format)
     matrix, slope = (torch.randn(3, 2, 4, 4, dtype=torch.float64) for _ in range(2))
     slope = slope + slope.mT
     constant = torch.randn(3, 2, 4, dtype=torch.float64)
-    grouped = maps.group(x, 4, torch.float64)
+    grouped = maps.group(x, 4, torch.float64, with_scratch=with_scratch)
     plain = (matrix @ groups + constant[..., None]).view_as(x)
     assert_agree(maps.apply(grouped, matrix, None), (matrix @ groups).view_as(x), 1e-12)
     out = maps.apply(grouped, matrix, constant, shortcut, relu=True)
@@ -54,3 +63,18 @@ def test_apply_and_its_backward(memory_format):
         full = k if k.dim() == 4 else k.diag_embed()
         assert_agree(dx, (matrix.mT @ expected + full @ groups - constant[..., None]).view_as(x), 1e-12)
         assert dx.stride() == x.stride()
+
+
+def test_channels_last_is_not_copied_to_be_read():
+    x = torch.randn(3, 32, 64, 64).contiguous(memory_format=torch.channels_last)
+    batches = maps.group(x, 16, torch.float32).batches
+    assert [batch.data_ptr() for batch in batches] == [sample.data_ptr() for sample in x]
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_no_operation_on_channels_last_takes_the_whole_map(training):
+    """Every pass goes sample by sample, so a copy of the map to another format would stand out."""
+    ce = randomize(ChannelEquilibrium(32)).train(training)
+    x = torch.randn(3, 32, 64, 64).contiguous(memory_format=torch.channels_last)
+    (_, forward), (_, backward) = layer_budget(ce, x, None, tail=False)
+    assert forward == backward == 0
