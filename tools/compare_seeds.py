@@ -1,28 +1,28 @@
-"""Train several configs with several seeds and compare their COCO mAP: one table, one figure, mean and spread.
+"""Train several configs with several seeds and compare their COCO mAP: one table, two figures, mean and spread.
 
     python tools/compare_seeds.py --run plain PLAIN_CONFIG --run ce CE_CONFIG KEY=VALUE ... --seeds 0 1 2
 
 Every training is ``tools/train.py`` in a folder of its own, NAME/seed_K in the output folder, with its validation's
-metrics. One that is complete there is not run again, so an interrupted comparison continues.
+metrics. One that is complete there is not run again, one that was killed continues after its newest checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 from typing import NamedTuple
 
-from command_line import console, exit_on, read_config, read_metrics
+from command_line import console, exit_on_problems
 
 import torch
-from child_process import run_logged, tool_command
 from matplotlib.figure import Figure
 from rich.table import Table
+from scalars import seconds_per_iteration
+from training_curves import draw_curves
+from trainings import Training, last_validation, train, write_json
 
 from mmdet_ce import __version__
-from mmdet_ce.checkpoints import whole_file
 
 
 class Run(NamedTuple):
@@ -33,48 +33,39 @@ class Run(NamedTuple):
     options: list[str]
 
 
-def train(run: Run, seed: int, options: list[str], work_dir: Path) -> dict[str, float]:
-    """Train one config with one seed, unless that is done, and return the last validation's metrics."""
-    arguments = [run.config, '--work-dir', work_dir, '--cfg-options', *options, *run.options]
-    command = tool_command('train.py', *arguments, f'randomness.seed={seed}')
-    # What decides the result: not run again where all of it is as it was.
-    identity = dict(command=command[3:], config=read_config(run.config).pretty_text, version=__version__)
-    done = work_dir / 'comparison.json'
-    if done.is_file() and (saved := json.loads(done.read_text()))['identity'] == identity:
-        return saved['metrics']
-    log = work_dir / 'output.txt'
-    log.unlink(missing_ok=True)
-    run_logged(command, log)
-    with exit_on(ValueError):
-        metrics = {key: value for key, value in read_metrics(work_dir).items() if key.endswith('_mAP')}
-    with whole_file(done) as file:
-        file.write(json.dumps(dict(identity=identity, metrics=metrics)).encode())
-    return metrics
+def report(results: dict[str, list[dict[str, float]]], folders: dict[str, list[Path]], record: dict, out: Path) -> None:
+    """Print the table; write results.json, comparison.png and curves.png.
 
-
-def report(results: dict[str, list[dict[str, float]]], seeds: list[int], out_dir: Path, environment: dict) -> None:
-    """Print the table; write results.json and comparison.png."""
+    Args:
+        results: The metrics of each seed, by the run's name.
+        folders: The work directory of each seed, by the run's name.
+        record: What results.json holds beside these, the seeds and the environment.
+        out: The folder to write to.
+    """
     metrics = list(dict.fromkeys(metric for runs in results.values() for run in runs for metric in run))
-    table = Table(title=f'COCO mAP, mean ± standard deviation of seeds {", ".join(map(str, seeds))}')
+    seconds = {name: [seconds_per_iteration(folder) for folder in runs] for name, runs in folders.items()}
+    table = Table(title=f'COCO mAP, mean ± standard deviation of seeds {", ".join(map(str, record["seeds"]))}')
     table.add_column('')
     for metric in metrics:
         table.add_column(metric[len('coco/') :], justify='right')
         table.add_column('each seed', justify='right')
+    table.add_column('s/iteration', justify='right')
     for name, runs in results.items():
-        cells = []
-        for metric in metrics:
-            values = [run[metric] for run in runs if metric in run]
-            if not values:
-                cells += ['-', '-']
-                continue
-            spread = f' ± {statistics.stdev(values):.3f}' if len(values) > 1 else ''
-            cells += [f'{statistics.mean(values):.3f}{spread}', ' '.join(f'{value:.3f}' for value in values)]
-        table.add_row(name, *cells)
-    console().print(environment, table)
-    record = dict(environment=environment, seeds=seeds, runs=results)
-    (out_dir / 'results.json').write_text(json.dumps(record, indent=1))
-    draw(results, metrics, out_dir / 'comparison.png')
-    console().print(f'written: {out_dir / "results.json"}, {out_dir / "comparison.png"}')
+        cells = [cell for metric in metrics for cell in _cells([run[metric] for run in runs if metric in run])]
+        table.add_row(name, *cells, _cells([value for value in seconds[name] if value is not None])[0])
+    console().print(record['environment'], table)
+    write_json(out / 'results.json', dict(**record, runs=results, seconds_per_iteration=seconds))
+    draw(results, metrics, out / 'comparison.png')
+    draw_curves(folders, out / 'curves.png')
+    console().print(f'written: {out / "results.json"}, {out / "comparison.png"}, {out / "curves.png"}')
+
+
+def _cells(values: list[float]) -> tuple[str, str]:
+    """Return mean and spread of values, and the values."""
+    if not values:
+        return '-', '-'
+    spread = f' ± {statistics.stdev(values):.3f}' if len(values) > 1 else ''
+    return f'{statistics.mean(values):.3f}{spread}', ' '.join(f'{value:.3f}' for value in values)
 
 
 def draw(results: dict[str, list[dict[str, float]]], metrics: list[str], path: Path) -> None:
@@ -114,17 +105,23 @@ def main() -> None:
     runs = [Run(name, config, options) for name, config, *options in args.run]
     if len({run.name for run in runs}) < len(runs):
         parser.error('each --run needs a name of its own')
-    for run in runs:
-        read_config(run.config)  # a config that cannot be read ends it here, not after hours of training
+
+    def training(run: Run, seed: int) -> Training:
+        options = [*args.cfg_options, *run.options, f'randomness.seed={seed}']
+        return Training(run.config, args.out_dir / run.name / f'seed_{seed}', options)
+
+    trainings = [(run.name, seed, training(run, seed)) for seed in args.seeds for run in runs]
+    # Reads the configs, too: one that cannot be read ends it here, not after hours of training.
+    exit_on_problems(list(filter(None, (one.problem() for _, _, one in trainings))))
 
     results = {run.name: [] for run in runs}
-    for seed in args.seeds:
-        for run in runs:
-            results[run.name].append(train(run, seed, args.cfg_options, args.out_dir / run.name / f'seed_{seed}'))
-            print(f'{run.name}, seed {seed}: {results[run.name][-1]}', flush=True)
+    for name, seed, one in trainings:
+        results[name].append(train(one, last_validation)['metrics'])
+        print(f'{name}, seed {seed}: {results[name][-1]}', flush=True)
+    folders = {name: [one.work_dir for other, _, one in trainings if other == name] for name in results}
     configs = {run.name: [run.config, *args.cfg_options, *run.options] for run in runs}
     environment = dict(torch=torch.__version__, mmdet_ce=__version__, configs=configs)
-    report(results, args.seeds, args.out_dir, environment)
+    report(results, folders, dict(environment=environment, seeds=args.seeds), args.out_dir)
 
 
 if __name__ == '__main__':
