@@ -22,7 +22,7 @@ def draw_curves(folders: dict[str, list[Path]], path: Path) -> None:
     names = [name for runs in folders.values() for run in runs for maps in validations(run).values() for name in maps]
     metrics = list(dict.fromkeys(names))
     figure = Figure(figsize=(5 * (1 + len(metrics)), 4), layout='constrained')
-    panels = figure.subplots(1, 1 + len(metrics), squeeze=False)[0]
+    panels = figure.subplots(1, 1 + len(metrics), sharex=True, squeeze=False)[0]
     for index, (name, runs) in enumerate(folders.items()):
         color = f'C{index}'
         _draw_run(panels[0], [loss_curve(run) for run in runs], name, color)

@@ -1,0 +1,99 @@
+"""The file of results: by config and seed the AP, and where it comes from."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any, Optional
+
+from rich.table import Table
+from scalars import seconds_per_iteration
+from trainings import write_json
+
+from .plan import Job
+from .rows import plain_name
+
+METRICS = {'box': 'coco/bbox_mAP', 'mask': 'coco/segm_mAP'}
+Results = Any  # {name: {seed: {'metrics': {...}, 'trial': [...], ...}}}, as JSON holds it
+
+
+def read_results(path: Path) -> Results:
+    """Return the results in a file, {} if there is none.
+
+    Raises:
+        ValueError: If it is damaged or something else.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        results = json.loads(path.read_text())['results']
+        for entries in results.values():
+            for entry in entries.values():
+                (entry['trial'], entry['metrics'][METRICS['box']])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f'{path} holds no results of this tool ({type(error).__name__}: {error})') from None
+    return results
+
+
+def add_result(path: Path, job: Job, record: dict[str, Any], trial: list[str]) -> None:
+    """Write a finished job into the file, beside what is there.
+
+    Args:
+        path: The file.
+        job: The job.
+        record: What ``train`` returned.
+        trial: Why its AP is not that of the row on COCO; empty if it is.
+    """
+    results = read_results(path)
+    results.setdefault(job.name, {})[str(job.seed)] = dict(
+        metrics=record['metrics'],
+        trial=trial,
+        epochs=job.training.epochs,
+        gpus=job.training.launch.gpus,
+        seconds_per_iteration=seconds_per_iteration(job.training.work_dir),
+        hardware=record['hardware'],
+        starts=record['starts'],
+    )
+    write_json(path, dict(results=results))
+
+
+def ap(results: Results, name: str) -> Optional[str]:
+    """Return 'box / mask' AP of a config in percent, the mean and spread of its seeds; None if it has no result."""
+    entries = list(results.get(name, {}).values())
+    if not entries:
+        return None
+    cells = []
+    for metric in METRICS.values():
+        values = [100 * entry['metrics'][metric] for entry in entries if metric in entry['metrics']]
+        if values:
+            spread = f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else ''
+            cells.append(f'{statistics.mean(values):.1f}{spread}')
+    return ' / '.join(cells)
+
+
+def ap_beside_plain(results: Results, row: str) -> str:
+    """Return a row's cell of the tables: its AP, the plain counterpart's, and whether they are a trial's."""
+    own = ap(results, row)
+    if own is None:
+        return 'not run'
+    plain = ap(results, plain_name(row))
+    return f'{own} (plain {plain or "not run"})' + (' - a trial, not COCO' if trials(results, row) else '')
+
+
+def trials(results: Results, row: str) -> list[str]:
+    """Return why the AP of a row, or of its plain counterpart, is not that on COCO."""
+    entries = [entry for name in (row, plain_name(row)) for entry in results.get(name, {}).values()]
+    return list(dict.fromkeys(reason for entry in entries for reason in entry['trial']))
+
+
+def results_table(results: Results, jobs: list[Job]) -> Table:
+    """Return the AP of what was run as a table."""
+    table = Table(title='AP (box / mask)')
+    for column in ('row', 'AP', 'plain counterpart', 'AP', 'a trial, because of'):
+        table.add_column(column)
+    for row in dict.fromkeys(job.name for job in jobs if not job.is_plain):
+        plain = plain_name(row)
+        cells = (ap(results, row) or 'not run', plain, ap(results, plain) or 'not run')
+        table.add_row(row, *cells, ', '.join(trials(results, row)))
+    return table
