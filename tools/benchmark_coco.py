@@ -67,7 +67,7 @@ def trial_reasons(args: argparse.Namespace, job: Job) -> list[str]:
     return [
         *(['a subset of COCO'] if args.subset else []),
         *([f'--schedule {args.schedule}'] if job.training.epochs != own and args.schedule else []),
-        *([f'--cfg-options {" ".join(args.cfg_options)}'] if args.cfg_options else []),
+        *(['--cfg-options'] if args.cfg_options else []),
     ]
 
 
@@ -94,13 +94,13 @@ def run(args: argparse.Namespace) -> None:
     seconds = {}
     for job in jobs:
         if job.name not in seconds:
-            print(f'measuring {job.name}', flush=True)
             seconds[job.name] = measure(job, args.out_dir / job.name / 'measured')
     console().print(plan_table(jobs, seconds, images))
     if args.dry_run:
         return
     for job in jobs:
-        print(f'{job.name}, seed {job.seed}: its output goes to {job.training.log}', flush=True)
+        if not job.training.is_done():
+            print(f'{job.name}, seed {job.seed}: its output goes to {job.training.log}', flush=True)
         record = train(job.training, test)
         add_result(path, job, record, trial_reasons(args, job))
         print(f'{job.name}, seed {job.seed}: {record["metrics"]}', flush=True)

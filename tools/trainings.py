@@ -113,12 +113,13 @@ def train(training: Training, measure: Callable[[Training], dict[str, float]]) -
         return record
     starts = [*record.get('starts', []), provenance()]
     record = dict(identity=training.identity(), metrics={}, starts=starts)
-    resume = training.epochs_done() > 0
+    done = training.epochs_done()
     if len(starts) == 1:
         training.log.unlink(missing_ok=True)
     write_json(training.work_dir / RECORD, record)
-    command = training.launch.train(training.config, training.work_dir, training.options)
-    run_logged([*command, *(['--resume'] if resume else [])], training.log, env=training.launch.environment())
+    if done < training.epochs:
+        command = training.launch.train(training.config, training.work_dir, training.options)
+        run_logged([*command, *(['--resume'] if done else [])], training.log, env=training.launch.environment())
     record.update(metrics=measure(training), hardware=hardware(training.log))
     write_json(training.work_dir / RECORD, record)
     return record

@@ -43,8 +43,10 @@ def measure(job: Job, folder: Path) -> float:
         'default_hooks.checkpoint.interval=2',
         'default_hooks.checkpoint.save_last=False',
     ]
-    record = train(training._replace(work_dir=folder, options=options), _seconds)
-    return record['metrics']['seconds_per_iteration']
+    short = training._replace(work_dir=folder, options=options)
+    if not short.is_done():
+        print(f'measuring {job.name}', flush=True)
+    return train(short, _seconds)['metrics']['seconds_per_iteration']
 
 
 def iterations_per_epoch(training: Training, images: int) -> int:
