@@ -20,6 +20,7 @@ from conftest import ROOT
 from launch import Launch
 from mmdet.datasets import CocoDataset
 from mmengine.config import Config
+from trainings import Training
 from utils import call
 
 ROW, PLAIN = 'retinanet_r18-ce-identity_fpn_1x_coco', 'retinanet_r18_fpn_1x_coco'
@@ -54,6 +55,17 @@ def test_each_row_has_the_plain_counterpart_that_its_table_names():
             assert baseline.split('/')[1] == plain_name(row)
             assert plain.model == base.model and plain.optim_wrapper == base.optim_wrapper
         assert plain.train_cfg == base.train_cfg and plain.param_scheduler == base.param_scheduler
+
+
+@pytest.mark.parametrize('detector', ['retinanet', 'mask-rcnn'])
+def test_a_schedule_is_that_of_mmdet(detector, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['tool', '--schedule', '2x'])
+    options = benchmark_coco.config_options(benchmark_coco.parse_args(), seed=3)
+    one, two = (CONFIGS / f'{detector}_r50-ce_fpn_{schedule}_coco.py' for schedule in ('1x', '2x'))
+    cfg, expected = Training(str(one), Path('out'), options).read_config(), Config.fromfile(two)
+    assert cfg.param_scheduler == expected.param_scheduler and cfg.train_cfg == expected.train_cfg
+    assert cfg.randomness.seed == 3 and cfg.auto_scale_lr.enable and cfg.auto_scale_lr.base_batch_size == 16
+    assert cfg.train_dataloader.dataset.data_root == 'data/coco/'
 
 
 # What is refused before anything starts
