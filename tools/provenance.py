@@ -21,7 +21,7 @@ def provenance() -> dict[str, Any]:
     """Return commit, whether files differed from it, versions, command and date of this process."""
     return dict(
         commit=_git('rev-parse', 'HEAD') or 'unknown',
-        uncommitted_changes=bool(_git('status', '--porcelain')),
+        uncommitted_changes=bool(_git('status', '--porcelain', '--untracked-files=no')),
         versions=f'mmdet_ce {__version__}, {describe_versions()}',
         command=shlex.join(sys.argv),
         date=datetime.now(timezone.utc).strftime('%Y-%m-%d %H:%M UTC'),

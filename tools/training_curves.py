@@ -37,6 +37,7 @@ def draw_curves(folders: dict[str, list[Path]], path: Path) -> None:
     panels[0].yaxis.set_major_formatter('{x:g}')
     panels[0].yaxis.set_minor_formatter('{x:g}')
     panels[0].legend(fontsize=8)
+    figure.suptitle('thin: seeds; thick: their mean', fontsize=10)
     figure.savefig(path, dpi=120)
 
 
@@ -66,7 +67,7 @@ def _draw_run(axis: Axes, curves: list[tuple[np.ndarray, np.ndarray]], name: str
         return
     if len(curves) > 1:
         for x, y in curves:
-            axis.plot(x, y, color=color, alpha=0.3, linewidth=0.8)
+            axis.plot(x, y, color=color, alpha=0.45, linewidth=0.9)
     common = sorted(set.intersection(*(set(x.tolist()) for x, _ in curves)))
     means = np.mean([y[np.isin(x, common)] for x, y in curves], axis=0)
     axis.plot(common, means, color=color, linewidth=1.8, label=name, **line)

@@ -7,6 +7,7 @@ import re
 import shutil
 from functools import partial
 from pathlib import Path
+from typing import Optional
 
 import benchmark_coco
 import pytest
@@ -22,8 +23,11 @@ DOCUMENTS = (publishing.TABLES, publishing.METAFILE, publishing.README)
 main = partial(call, benchmark_coco.main)
 
 
-def entry(box: float, mask: float, **others: object) -> dict:
-    return dict(metrics={'coco/bbox_mAP': box, 'coco/segm_mAP': mask}, trial=[], **others)
+def entry(box: float, mask: Optional[float] = None) -> dict:
+    """A result as the tool records it."""
+    metrics = {'coco/bbox_mAP': box, **({} if mask is None else {'coco/segm_mAP': mask})}
+    start = dict(commit='c0ffee' * 6, uncommitted_changes=True, versions='v 1', command='tool --gpus 8', date='today')
+    return dict(metrics=metrics, trial=[], hardware='GPU 0: H', starts=[start])
 
 
 def results_file(folder: Path, **results: dict) -> Path:
@@ -38,7 +42,7 @@ def published(tmp_path):
     results = {
         'mask-rcnn_r50-ce_fpn_1x_coco': {'0': entry(0.391, 0.352), '1': entry(0.393, 0.354)},
         'mask-rcnn_r50_fpn_1x_coco': {'0': entry(0.382, 0.347)},
-        'retinanet_r18-ce-identity_fpn_1x_coco': {'0': dict(metrics={'coco/bbox_mAP': 0.32}, trial=[])},
+        'retinanet_r18-ce-identity_fpn_1x_coco': {'0': entry(0.32)},
     }
     results_file(tmp_path, **results)
     return tmp_path, tmp_path / 'copy'
@@ -56,6 +60,10 @@ def test_publish_writes_the_three_documents_the_same_each_time(published, capsys
     assert cells.pop(other) == 'not run' and set(cells.values()) == {'not run'}
     assert '| 39.2 ± 0.1 / 35.3 ± 0.1 (plain 38.2 / 34.7) | 32.0 (plain not run) |' in readme
 
+    origin = 'today, GPU 0: H, v 1, commit c0ffeec0f with uncommitted changes: `tool --gpus 8`'
+    assert f'- `mask-rcnn_r50-ce_fpn_1x_coco`: seed 0, 1: {origin}\n' in tables
+    assert f'- `mask-rcnn_r50_fpn_1x_coco`: seed 0: {origin}\n' in tables
+
     models = {model['Name']: model for model in yaml.safe_load(metafile)['Models']}
     assert sorted(models) == all_rows() and sum('Results' in model for model in models.values()) == 2
     box, mask = models['mask-rcnn_r50-ce_fpn_1x_coco']['Results']
@@ -66,11 +74,11 @@ def test_publish_writes_the_three_documents_the_same_each_time(published, capsys
     assert main('--publish', '--out-dir', folder, '--into', copy) is None
     assert [(copy / name).read_text() for name in DOCUMENTS] == [tables, metafile, readme]
 
-    # Without results the documents are as they are in the repository before anything is published.
-    publishing.publish({}, copy)
-    assert 'COCO AP: not run.' in (copy / 'README.md').read_text()
-    assert 'Results' not in yaml.safe_load((copy / publishing.METAFILE).read_text())['Models'][0]
-    assert '39.2' not in ''.join((copy / name).read_text() for name in (publishing.TABLES, publishing.METAFILE))
+    publishing.publish({}, copy)  # nothing of what was published stays
+    tables, metafile, readme = ((copy / name).read_text() for name in DOCUMENTS)
+    assert 'COCO AP: not run.\n\n' in tables and 'COCO AP: not run.\n\n' in readme
+    assert all('Results' not in model for model in yaml.safe_load(metafile)['Models'])
+    assert '39.2' not in tables + metafile + readme and tables.count('| not run |') == len(all_rows())
 
 
 @pytest.fixture

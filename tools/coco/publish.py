@@ -10,12 +10,13 @@ from typing import Optional
 
 from mmdet_ce.checkpoints import whole_file
 
-from .results import METRICS, Results, ap_beside_plain, trials
+from .results import METRICS, Results, ap_beside_plain, origin, trials
 from .rows import all_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLES, METAFILE, README = 'configs/ce/README.md', 'configs/ce/metafile.yml', 'README.md'
 MARK = re.compile(r'(<!-- COCO AP[^\n]*-->\n).*?(?=\n\n)', flags=re.S)
+NOT_RUN = 'COCO AP: not run.'
 TASKS = {'box': 'Object Detection', 'mask': 'Instance Segmentation'}
 
 
@@ -52,7 +53,9 @@ def publish(results: Results, into: Optional[Path] = None) -> list[Path]:
 
 
 def _tables(text: str, results: Results) -> str:
-    """Exchange the last cell of each row."""
+    """Exchange the last cell of each row, and the list of where the results come from."""
+    lines = [f'- `{name}`: {origin(results, name)}' for name in sorted(results)]
+    text = _exchange(text, '\n'.join(lines) or NOT_RUN, TABLES)
     for row in all_rows():
         cell = ap_beside_plain(results, row)
         text, count = re.subn(rf'^(\| \[`{re.escape(row)}`\].*\| )[^|\n]*( \|)$', rf'\g<1>{cell}\2', text, flags=re.M)
@@ -87,14 +90,18 @@ def _metrics(results: Results, row: str) -> str:
 
 
 def _readme(text: str, results: Results) -> str:
-    """Exchange what is between the mark and the next empty line: one line, or a table with a column for each row."""
+    """Exchange the AP: one line, or a table with a column for each row."""
     cells = {row: ap_beside_plain(results, row) for row in all_rows() if row in results}
-    block = 'COCO AP: not run.'
-    if cells:
-        names = [f'`{row.replace("_coco", "")}`' for row in cells]
-        lines = (['COCO AP', *names], ['---'] * (1 + len(cells)), ['box / mask', *cells.values()])
-        block = '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+    if not cells:
+        return _exchange(text, NOT_RUN, README)
+    names = [f'`{row.replace("_coco", "")}`' for row in cells]
+    lines = (['COCO AP', *names], ['---'] * (1 + len(cells)), ['box / mask', *cells.values()])
+    return _exchange(text, '\n'.join(f'| {" | ".join(line)} |' for line in lines), README)
+
+
+def _exchange(text: str, block: str, name: str) -> str:
+    """Exchange what is between the mark of a document and the next empty line."""
     text, count = MARK.subn(lambda mark: mark[1] + block, text)
     if count != 1:
-        raise ValueError(f'{README} has {count} marks <!-- COCO AP ... -->, expected one')
+        raise ValueError(f'{name} has {count} marks <!-- COCO AP ... -->, expected one')
     return text

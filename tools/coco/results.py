@@ -30,8 +30,8 @@ def read_results(path: Path) -> Results:
         results = json.loads(path.read_text())['results']
         for entries in results.values():
             for entry in entries.values():
-                (entry['trial'], entry['metrics'][METRICS['box']])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+                (entry['trial'], entry['metrics'][METRICS['box']], entry['hardware'], entry['starts'][-1]['commit'])
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f'{path} holds no results of this tool ({type(error).__name__}: {error})') from None
     return results
 
@@ -85,6 +85,20 @@ def trials(results: Results, row: str) -> list[str]:
     """Return why the AP of a row, or of its plain counterpart, is not that on COCO."""
     entries = [entry for name in (row, plain_name(row)) for entry in results.get(name, {}).values()]
     return list(dict.fromkeys(reason for entry in entries for reason in entry['trial']))
+
+
+def origin(results: Results, name: str) -> str:
+    """Return where the results of a config come from: those of its seeds that differ in it are named apart."""
+    places: dict[str, list[str]] = {}
+    for seed, entry in results[name].items():
+        start = entry['starts'][-1]
+        changed = ' with uncommitted changes' if start['uncommitted_changes'] else ''
+        trial = f'; a trial, not COCO: {", ".join(entry["trial"])}' if entry['trial'] else ''
+        text = (
+            f'{start["date"]}, {entry["hardware"]}, {start["versions"]}, commit {start["commit"][:9]}{changed}{trial}'
+        )
+        places.setdefault(f'{text}: `{start["command"]}`', []).append(seed)
+    return '; '.join(f'seed {", ".join(seeds)}: {text}' for text, seeds in places.items())
 
 
 def results_table(results: Results, jobs: list[Job]) -> Table:
