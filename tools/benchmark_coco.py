@@ -45,12 +45,10 @@ def make_jobs(args: argparse.Namespace, launch: Launch) -> list[Job]:
     """Return the jobs, each plain counterpart before the first of its rows; write the plain configs."""
     configs = {}
     for row in args.rows:
-        plain = plain_name(row)
-        path = args.out_dir / 'plain_configs' / f'{plain}.py'
-        if plain not in configs:
-            with whole_file(path) as file:
-                file.write(plain_config(row).pretty_text.encode())
-        configs.setdefault(plain, path)
+        path = args.out_dir / 'plain_configs' / f'{plain_name(row)}.py'
+        with whole_file(path) as file:
+            file.write(plain_config(row).pretty_text.encode())
+        configs[plain_name(row)] = path
         configs[row] = CONFIGS / f'{row}.py'
 
     def job(name: str, seed: int) -> Job:
@@ -74,8 +72,8 @@ def trial_reasons(args: argparse.Namespace, job: Job) -> list[str]:
 def check(args: argparse.Namespace, jobs: list[Job]) -> int:
     """Exit with a line for each problem, if there is one; return the number of training images with objects."""
     print('checking data and weights', flush=True)
-    first = {job.name: job.training for job in reversed(jobs)}
-    problems = config_problems([training.read_config() for training in first.values()])
+    configs = {job.name: job.training.read_config() for job in jobs}  # seeds do not matter here
+    problems = config_problems([*configs.values()])
     problems, images = data_problems(args.data_root, args.subset, problems)
     problems += machine_problems(jobs[0].training.launch)
     problems += [problem for job in jobs if (problem := job.training.problem())]

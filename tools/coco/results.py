@@ -91,14 +91,17 @@ def origin(results: Results, name: str) -> str:
     """Return where the results of a config come from: those of its seeds that differ in it are named apart."""
     places: dict[str, list[str]] = {}
     for seed, entry in results[name].items():
-        start = entry['starts'][-1]
-        changed = ' with uncommitted changes' if start['uncommitted_changes'] else ''
-        trial = f'; a trial, not COCO: {", ".join(entry["trial"])}' if entry['trial'] else ''
-        text = (
-            f'{start["date"]}, {entry["hardware"]}, {start["versions"]}, commit {start["commit"][:9]}{changed}{trial}'
-        )
-        places.setdefault(f'{text}: `{start["command"]}`', []).append(seed)
+        start, trial = entry['starts'][-1], ', '.join(entry['trial'])
+        text = f'{start["date"]}, {entry["hardware"]}, {start["versions"]}, {_commits(entry)}: `{start["command"]}`'
+        places.setdefault(text + (f' (a trial, not COCO: {trial})' if trial else ''), []).append(seed)
     return '; '.join(f'seed {", ".join(seeds)}: {text}' for text, seeds in places.items())
+
+
+def _commits(entry: dict[str, Any]) -> str:
+    """Name the commits that a training ran at: a continued one may have seen several."""
+    changed = {True: ' with uncommitted changes', False: ''}
+    commits = [f'commit {start["commit"][:9]}{changed[start["uncommitted_changes"]]}' for start in entry['starts']]
+    return ', '.join(dict.fromkeys(commits))
 
 
 def results_table(results: Results, jobs: list[Job]) -> Table:
