@@ -57,10 +57,10 @@ def iterations_per_epoch(training: Training, images: int) -> int:
 def plan_table(jobs: list[Job], seconds: dict[str, float], images: int) -> Table:
     """Return the plan as a table, with the hours that are left."""
     gpus = jobs[0].training.launch.gpus
-    unit = f'GPU hours ({gpus} GPUs)' if gpus else 'CPU hours'
-    table = Table(title='What is left to train. Validations and tests come on top.')
+    unit, machine = ('GPU hours', f'{gpus} GPUs') if gpus else ('CPU hours', 'the CPU')
+    table = Table(title=f'What is left to train on {machine}. Validations and tests come on top.')
     for column in ('row', 'seed', 'epochs', 'iterations', 's/iteration', 'hours', unit, 'state'):
-        table.add_column(column, justify='left' if column in ('row', 'state') else 'right')
+        table.add_column(column, justify='left' if column in ('row', 'state') else 'right', overflow='fold')
     total = 0.0
     for job in jobs:
         done, state = _state(job.training)

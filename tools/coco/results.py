@@ -108,7 +108,7 @@ def results_table(results: Results, jobs: list[Job]) -> Table:
     """Return the AP of what was run as a table."""
     table = Table(title='AP (box / mask)')
     for column in ('row', 'AP', 'plain counterpart', 'AP', 'a trial, because of'):
-        table.add_column(column)
+        table.add_column(column, overflow='fold')
     for row in dict.fromkeys(job.name for job in jobs if not job.is_plain):
         plain = plain_name(row)
         cells = (ap(results, row) or 'not run', plain, ap(results, plain) or 'not run')
