@@ -77,7 +77,12 @@ def test_training_learns_and_measures(folders):
     assert result['accuracy'] == 1
     assert [entry['epoch'] for entry in result['history']] == [2, 4, 6, 8]
     assert len(result['inhibited_by_layer']) == 4
-    assert result['seconds_per_step'] > 0
+    assert result['seconds_per_step'] > 0 and result['diverged'] is False
+
+
+def test_a_training_that_diverges_ends_and_says_so(folders):
+    result = inhibition_training.train(Case('plain', 0.0, 0), settings(folders, learning_rate=1e30))
+    assert result['diverged'] and len(result['history']) == 1
 
 
 def test_measure_finds_an_inhibited_channel(folders):

@@ -35,7 +35,12 @@ def report(results: Results, environment: dict[str, Any], out_dir: Path) -> None
         layers = np.mean([run['inhibited_by_layer'] for run in runs], 0)
         step = np.mean([run['seconds_per_step'] for run in runs]) * 1000
         rows.append(dict(network=network, weight_decay=decay, seeds=len(runs), inhibited_by_layer=layers.tolist()))
-        rows[-1].update({key: [run[key] for run in runs] for key in ('accuracy', 'inhibited', 'dead_gammas', 'theta')})
+        rows[-1].update(
+            {key: [run[key] for run in runs] for key in ('accuracy', 'inhibited', 'dead_gammas', 'theta', 'diverged')}
+        )
+        if any(run['diverged'] for run in runs):
+            table.add_row(network, f'{decay:g}', str(len(runs)), 'diverged', *['-'] * 4)
+            continue
         percents = [spread(runs, key) for key in ('accuracy', 'inhibited')]
         dead = f'{np.mean([run["dead_gammas"] for run in runs]):.1%}'
         by_layer = ' '.join(f'{share:.0%}' for share in layers)
@@ -68,7 +73,13 @@ def spread(runs: list[dict[str, Any]], key: str) -> str:
 
 
 def draw(groups: dict[tuple[str, float], list[dict[str, Any]]], path: Path) -> None:
-    """Draw the figure: by epoch and by layer at the largest weight decay, and all of them against accuracy."""
+    """Draw the figure: by epoch and by layer at the largest weight decay, and all of them against accuracy.
+
+    Networks of which a training diverged are left out.
+    """
+    groups = {key: runs for key, runs in groups.items() if not any(run['diverged'] for run in runs)}
+    if not groups:
+        return
     networks = list(dict.fromkeys(name for decay in {key[1] for key in groups} for name, d in groups if d == decay))
     networks.sort(key=lambda name: (name != 'plain', name.split('-')[0] != 'ce', name == 'ir', name.split('-')[0]))
     colour = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(networks)}
