@@ -24,6 +24,7 @@ class ChannelStatisticsHook(Hook):
 
     - ``inhibited``: share of channels under ``relative_threshold`` of the layer's mean contribution.
     - ``lambda``: share of batch decorrelation in CE.
+    - ``alpha``: share of CE in the output, of layers with ``identity_start``.
     - ``decorrelation``: off-diagonal energy of the covariance after CE over that before: 0 is all removed, 1 none.
 
     Args:
@@ -65,6 +66,8 @@ class ChannelStatisticsHook(Hook):
             scalars[f'inhibited/{name}'] = row['inhibited_relative']
             if layer.ce is not None:
                 scalars[f'lambda/{name}'] = row['lambda']
+                if layer.ce.alpha is not None:
+                    scalars[f'alpha/{name}'] = row['alpha']
                 before, after = row['off_diagonal_before'], row['off_diagonal_after']
                 scalars[f'decorrelation/{name}'] = after / before if before else 1.0
         runner.visualizer.add_scalars(scalars, step=runner.iter + 1)

@@ -76,10 +76,12 @@ def logged(work_dir):
     return records
 
 
-def test_logs_what_the_analysis_measures(tmp_path):
+@pytest.mark.parametrize('identity_start', [False, True])
+def test_logs_what_the_analysis_measures(identity_start, tmp_path):
     """Every backend gets them; steps are counted as mmengine's own logger counts them."""
     hook = {**HOOK, 'relative_threshold': 0.5}
-    runner = train(tmp_path, Detector(), [hook], ['LocalVisBackend', 'TensorboardVisBackend'])
+    model = Detector(ce_cfg=dict(num_channels=16, identity_start=identity_start))
+    runner = train(tmp_path, model, [hook], ['LocalVisBackend', 'TensorboardVisBackend'])
     records = logged(tmp_path)
     assert list(records) == [2, 4]
     item = SameImages()[0]['inputs']
@@ -90,6 +92,9 @@ def test_logs_what_the_analysis_measures(tmp_path):
         if layer.ce is not None:
             expected[f'lambda/{name}'] = row['lambda']
             expected[f'decorrelation/{name}'] = row['off_diagonal_after'] / row['off_diagonal_before']
+            if identity_start:
+                expected[f'alpha/{name}'] = row['alpha']
+                assert row['alpha'] != 0
     assert records[4] == pytest.approx(expected)
     assert len([key for key in expected if key.startswith('lambda/')]) == 7
     assert 0 < sum(value for key, value in expected.items() if key.startswith('inhibited/'))
