@@ -58,6 +58,16 @@ def test_array_round_trip(array, tmp_path):
     assert type(loaded) is np.ndarray and loaded.dtype == array.dtype and np.array_equal(loaded, array)
 
 
+@pytest.mark.parametrize('code', ['f2', 'f4', 'f8', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', 'b1'])
+def test_numbers_of_every_size_round_trip(code, tmp_path):
+    """A metric may be a float16, and numpy's random state is an array of uint32."""
+    array = np.array([0, 1]).astype(code)
+    torch.save({'array': array, 'scalar': array[1]}, tmp_path / 'a.pth')
+    loaded = read_checkpoint(tmp_path / 'a.pth')
+    assert loaded['array'].dtype == array.dtype and np.array_equal(loaded['array'], array)
+    assert loaded['scalar'] == array[1].item()
+
+
 @pytest.mark.parametrize('new', [True, False], ids=['archive', 'before torch 1.6'])
 def test_tensors_round_trip(new, tmp_path):
     """Of every admitted type, views and parameters among them, as torch.load reads them."""
