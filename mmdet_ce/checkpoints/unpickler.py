@@ -30,7 +30,7 @@ STORAGES = {
     'BFloat16Storage': torch.bfloat16, 'LongStorage': torch.int64, 'IntStorage': torch.int32,
     'ShortStorage': torch.int16, 'CharStorage': torch.int8, 'ByteStorage': torch.uint8, 'BoolStorage': torch.bool,
 }  # fmt: skip
-NUMBERS = {code: np.dtype(code) for code in 'f2 f4 f8 i1 i2 i4 i8 u1 u2 u4 u8 b1'.split()}
+NUMBERS = {code: np.dtype(code) for code in ['f2', 'f4', 'f8', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', 'b1']}
 HISTORY = 'mmengine.logging.history_buffer.HistoryBuffer'
 ONE_CYCLE = 'mmengine.optim.scheduler.param_scheduler.OneCycleParamScheduler'
 # a function of a class is pickled as getattr(class, name)
