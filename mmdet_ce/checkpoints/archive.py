@@ -14,7 +14,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from .unpickler import STORAGES, DataUnpickler, Token
+from .makers import STORAGES, Token
+from .unpickler import DataUnpickler
 
 MAGIC = 0x1950A86A20F9469CFC6C  # of the format before torch 1.6
 SIZES = {dtype: torch.empty(0, dtype=dtype).element_size() for dtype in STORAGES.values()}

@@ -13,7 +13,7 @@ from mmengine.logging import HistoryBuffer
 from mmengine.optim.scheduler.param_scheduler import _ParamScheduler
 from torch import Tensor
 
-from .unpickler import FUNCTION, Array, History
+from .makers import FUNCTION, Array, History
 
 MAX_DEPTH = 64
 MAX_VALUES = 1_000_000  # a shared value counts every time it occurs, since a reader of the tree visits it every time

@@ -1,154 +1,28 @@
 """Read a pickle as data: closed lists of opcodes, of names, and of what can be made by a name.
 
 Python's and torch's unpicklers make objects: what a file names is called, and what that returns is changed as the file
-says. Here a name stands for nothing but itself. The few that mmengine's checkpoints call make tensors and arrays whose
-numbers are in the file, plain containers, or ``Token``, ``History`` and ``Array``, which have no behaviour.
+says. Here a name calls nothing but a function of ``makers.py``.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, BinaryIO, Optional
 
 import numpy as np
-import torch
 from torch import Tensor
+
+from .makers import HISTORY, MAKERS, NAMES, Array, History, Number, Token, dtype_of
 
 MAX_OPCODES = 500_000  # a training checkpoint of a ResNet-50 detector has 30,000
 MAX_ARGUMENTS = 8
-MAX_AXES = 16
 MAX_KEY = 2**61 - 1  # Python hashes larger ones to the same as small ones
 MAX_WIDE_TEXT = 4 << 20  # bytes of texts whose characters take up to four bytes in memory for one in the file
 MAX_COPIES = 4  # times the bytes of a pickle that what is copied out of it may take
 COPIED = {str: 1, bytes: 1, dict: 100}  # bytes for each item
-STORAGES = {
-    'DoubleStorage': torch.float64, 'FloatStorage': torch.float32, 'HalfStorage': torch.float16,
-    'BFloat16Storage': torch.bfloat16, 'LongStorage': torch.int64, 'IntStorage': torch.int32,
-    'ShortStorage': torch.int16, 'CharStorage': torch.int8, 'ByteStorage': torch.uint8, 'BoolStorage': torch.bool,
-}  # fmt: skip
-NUMBERS = {code: np.dtype(code) for code in ['f2', 'f4', 'f8', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', 'b1']}
-HISTORY = 'mmengine.logging.history_buffer.HistoryBuffer'
-ONE_CYCLE = 'mmengine.optim.scheduler.param_scheduler.OneCycleParamScheduler'
-# a function of a class is pickled as getattr(class, name)
-FUNCTIONS = {HISTORY: ('min', 'max', 'current', 'mean'), ONE_CYCLE: ('_annealing_cos', '_annealing_linear')}
-
-
-@dataclass(frozen=True)
-class Token:
-    """A name in a file."""
-
-    name: str
-
-
-FUNCTION = Token('a function')
-
-
-class History:
-    """The saved state of a ``HistoryBuffer``."""
-
-    state: Optional[dict] = None
-
-
-class Array:
-    """A saved array: ``values`` is set once."""
-
-    values: Optional[np.ndarray] = None
-
-
-@dataclass(frozen=True)
-class Number:
-    """The type of the numbers in an array."""
-
-    dtype: np.dtype
-
-
-def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
-    """Return a strided tensor that fits into its storage."""
-    known = type(storage) is Tensor and type(size) is type(stride) is tuple and len(size) == len(stride) <= MAX_AXES
-    if not known or any(type(n) is not int or n < 0 for n in (offset, *size, *stride)):
-        raise pickle.UnpicklingError('it asks for a tensor of an unknown kind')
-    numel = 1
-    for length in size:
-        numel *= length
-    last = offset + sum((length - 1) * step for length, step in zip(size, stride)) if numel else 0
-    if last >= max(len(storage), 1) or numel > len(storage):
-        raise pickle.UnpicklingError('it asks for a tensor that its storage does not hold')
-    return storage.as_strided(size, stride, offset) if numel else storage.new_empty(size)
-
-
-def _parameter(data: Any, *_: Any) -> Tensor:
-    if type(data) is not Tensor:
-        raise pickle.UnpicklingError('it asks for a parameter without a tensor')
-    return data
-
-
-def _ordered_dict() -> dict:
-    return {}
-
-
-def _counter(counts: Any = None) -> Counter:
-    """Return the milestones of mmengine's MultiStepLR."""
-    counts = {} if counts is None else counts
-    if type(counts) is not dict or any(type(n) is not int for n in (*counts, *counts.values())):
-        raise pickle.UnpicklingError('it asks for a Counter of something else than integers')
-    return Counter(counts)
-
-
-def _bytes(text: Any, encoding: Any) -> bytes:
-    if type(text) is not str or encoding != 'latin1':
-        raise pickle.UnpicklingError('it asks for bytes of an unknown kind')
-    return text.encode('latin1')
-
-
-def _empty_array(cls: Any, shape: Any, code: Any) -> Array:
-    if cls != Token('numpy.ndarray') or shape != (0,):
-        raise pickle.UnpicklingError('it asks for an array of an unknown kind')
-    return Array()
-
-
-def _number(code: Any, *_: Any) -> Number:
-    if type(code) is not str or code not in NUMBERS:
-        raise pickle.UnpicklingError('it asks for an array of something else than plain numbers')
-    return Number(NUMBERS[code])
-
-
-def _scalar(number: Any, data: Any) -> float:
-    return np.frombuffer(data, _dtype(number)).item()
-
-
-def _function(owner: Any, name: Any) -> Token:
-    if type(owner) is not Token or type(name) is not str or name not in FUNCTIONS.get(owner.name, ()):
-        raise pickle.UnpicklingError('it asks for an attribute of an object')
-    return FUNCTION
-
-
-def _dtype(number: Any) -> np.dtype:
-    if type(number) is not Number:
-        raise pickle.UnpicklingError('it asks for an array of something else than plain numbers')
-    return number.dtype
-
-
-# What a file may call. numpy renamed its core in version 2, and a checkpoint names it as the numpy that wrote it did;
-# protocol 2 names builtins as Python 2 did.
-MAKERS: dict[str, Callable] = {
-    'torch._utils._rebuild_tensor': _tensor,
-    'torch._utils._rebuild_tensor_v2': _tensor,
-    'torch._utils._rebuild_parameter': _parameter,
-    'collections.OrderedDict': _ordered_dict,
-    'collections.Counter': _counter,
-    '_codecs.encode': _bytes,
-    'numpy.dtype': _number,
-    **{f'numpy.{core}.multiarray._reconstruct': _empty_array for core in ('core', '_core')},
-    **{f'numpy.{core}.multiarray.scalar': _scalar for core in ('core', '_core')},
-    **{f'{builtins}.getattr': _function for builtins in ('builtins', '__builtin__')},
-}
 NARROW = bytes(range(0xC4))  # of UTF-8, in texts of characters up to 255
-# what it may name without calling it
-NAMES = {HISTORY, ONE_CYCLE, 'numpy.ndarray', *(f'{m}.{name}' for m in ('torch', 'torch.cuda') for name in STORAGES)}
 
 
 def _set(target: Any, key: Any, value: Any) -> None:
@@ -247,7 +121,7 @@ class DataUnpickler(pickle._Unpickler):
             target.state = state
         elif type(target) is Array and target.values is None and type(state) is tuple and len(state) == 5:
             _, shape, number, fortran, data = state
-            flat = np.frombuffer(data, _dtype(number))
+            flat = np.frombuffer(data, dtype_of(number))
             self._charge(flat.nbytes)
             target.values = flat.reshape(shape, order='F' if fortran else 'C').copy(order='K')
         elif type(target) is Number and type(state) is tuple and state[1] in ('<', '|', '='):

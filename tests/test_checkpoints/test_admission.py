@@ -17,7 +17,8 @@ from mmengine.optim import OneCycleLR
 from mmengine.runner import CheckpointLoader
 
 from mmdet_ce.checkpoints import CheckpointFileError, load_from_local, read_checkpoint
-from mmdet_ce.checkpoints.unpickler import HANDLERS, MAKERS, NAMES
+from mmdet_ce.checkpoints.makers import MAKERS, NAMES
+from mmdet_ce.checkpoints.unpickler import HANDLERS
 
 
 def test_history_buffer_round_trip(tmp_path):

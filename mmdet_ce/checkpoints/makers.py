@@ -1,0 +1,143 @@
+"""What a file may name, and what is made of it: closed lists, and makers that check what they are given.
+
+A name stands for nothing but itself. What is made is tensors and arrays whose numbers are in the file, plain
+containers, or ``Token``, ``History`` and ``Array``, which have no behaviour.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MAX_AXES = 16
+STORAGES = {
+    'DoubleStorage': torch.float64, 'FloatStorage': torch.float32, 'HalfStorage': torch.float16,
+    'BFloat16Storage': torch.bfloat16, 'LongStorage': torch.int64, 'IntStorage': torch.int32,
+    'ShortStorage': torch.int16, 'CharStorage': torch.int8, 'ByteStorage': torch.uint8, 'BoolStorage': torch.bool,
+}  # fmt: skip
+NUMBERS = {code: np.dtype(code) for code in ['f2', 'f4', 'f8', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', 'b1']}
+HISTORY = 'mmengine.logging.history_buffer.HistoryBuffer'
+ONE_CYCLE = 'mmengine.optim.scheduler.param_scheduler.OneCycleParamScheduler'
+# a function of a class is pickled as getattr(class, name)
+FUNCTIONS = {HISTORY: ('min', 'max', 'current', 'mean'), ONE_CYCLE: ('_annealing_cos', '_annealing_linear')}
+
+
+@dataclass(frozen=True)
+class Token:
+    """A name in a file."""
+
+    name: str
+
+
+FUNCTION = Token('a function')
+
+
+class History:
+    """The saved state of a ``HistoryBuffer``."""
+
+    state: Optional[dict] = None
+
+
+class Array:
+    """A saved array: ``values`` is set once."""
+
+    values: Optional[np.ndarray] = None
+
+
+@dataclass(frozen=True)
+class Number:
+    """The type of the numbers in an array."""
+
+    dtype: np.dtype
+
+
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
+    """Return a strided tensor that fits into its storage."""
+    known = type(storage) is Tensor and type(size) is type(stride) is tuple and len(size) == len(stride) <= MAX_AXES
+    if not known or any(type(n) is not int or n < 0 for n in (offset, *size, *stride)):
+        raise pickle.UnpicklingError('it asks for a tensor of an unknown kind')
+    numel = 1
+    for length in size:
+        numel *= length
+    last = offset + sum((length - 1) * step for length, step in zip(size, stride)) if numel else 0
+    if last >= max(len(storage), 1) or numel > len(storage):
+        raise pickle.UnpicklingError('it asks for a tensor that its storage does not hold')
+    return storage.as_strided(size, stride, offset) if numel else storage.new_empty(size)
+
+
+def _parameter(data: Any, *_: Any) -> Tensor:
+    if type(data) is not Tensor:
+        raise pickle.UnpicklingError('it asks for a parameter without a tensor')
+    return data
+
+
+def _ordered_dict() -> dict:
+    return {}
+
+
+def _counter(counts: Any = None) -> Counter:
+    """Return the milestones of mmengine's MultiStepLR."""
+    counts = {} if counts is None else counts
+    if type(counts) is not dict or any(type(n) is not int for n in (*counts, *counts.values())):
+        raise pickle.UnpicklingError('it asks for a Counter of something else than integers')
+    return Counter(counts)
+
+
+def _bytes(text: Any, encoding: Any) -> bytes:
+    if type(text) is not str or encoding != 'latin1':
+        raise pickle.UnpicklingError('it asks for bytes of an unknown kind')
+    return text.encode('latin1')
+
+
+def _empty_array(cls: Any, shape: Any, code: Any) -> Array:
+    if cls != Token('numpy.ndarray') or shape != (0,):
+        raise pickle.UnpicklingError('it asks for an array of an unknown kind')
+    return Array()
+
+
+def _number(code: Any, *_: Any) -> Number:
+    if type(code) is not str or code not in NUMBERS:
+        raise pickle.UnpicklingError('it asks for an array of something else than plain numbers')
+    return Number(NUMBERS[code])
+
+
+def _scalar(number: Any, data: Any) -> float:
+    return np.frombuffer(data, dtype_of(number)).item()
+
+
+def _function(owner: Any, name: Any) -> Token:
+    if type(owner) is not Token or type(name) is not str or name not in FUNCTIONS.get(owner.name, ()):
+        raise pickle.UnpicklingError('it asks for an attribute of an object')
+    return FUNCTION
+
+
+def dtype_of(number: Any) -> np.dtype:
+    """Return the type of an array's numbers, from what a file gives for it."""
+    if type(number) is not Number:
+        raise pickle.UnpicklingError('it asks for an array of something else than plain numbers')
+    return number.dtype
+
+
+# What a file may call. numpy renamed its core in version 2, and a checkpoint names it as the numpy that wrote it did;
+# protocol 2 names builtins as Python 2 did.
+MAKERS: dict[str, Callable] = {
+    'torch._utils._rebuild_tensor': _tensor,
+    'torch._utils._rebuild_tensor_v2': _tensor,
+    'torch._utils._rebuild_parameter': _parameter,
+    'collections.OrderedDict': _ordered_dict,
+    'collections.Counter': _counter,
+    '_codecs.encode': _bytes,
+    'numpy.dtype': _number,
+    **{f'numpy.{core}.multiarray._reconstruct': _empty_array for core in ('core', '_core')},
+    **{f'numpy.{core}.multiarray.scalar': _scalar for core in ('core', '_core')},
+    **{f'{builtins}.getattr': _function for builtins in ('builtins', '__builtin__')},
+}
+# what it may name without calling it
+NAMES = {HISTORY, ONE_CYCLE, 'numpy.ndarray', *(f'{m}.{name}' for m in ('torch', 'torch.cuda') for name in STORAGES)}
