@@ -186,6 +186,7 @@ def live(marker: Path) -> dict[str, bytes]:
         'compiled code': archive(opcodes(b'ctypes\nFunctionType\n', function, b'\x86R)R')),
         'protocol 0': archive(pickle.dumps(system, 0)),
         'protocol 4': archive(pickle.dumps(system, 4)),
+        'protocol 5': archive(pickle.dumps(system, 5)),
         'opcode INST': archive(opcodes(b'(', [command], b'ios\nsystem\n')),
         'opcode OBJ': archive(opcodes(b'(cos\nsystem\n', [command], b'o')),
         'a bare pickle': pickled,
@@ -299,6 +300,8 @@ def forged() -> dict[str, bytes]:
         'torch: a storage beyond the file': archive(tensor(10**12, 4), bytes(16)),
         'a persistent id of text': archive(opcodes(['os'], b'Q')),
         'a persistent id of a module': archive(opcodes([('module', 'os', 'os.py', 'system')], b'Q')),
+        'a name by one that is admitted': archive(b'\x80\x04\x8c\x05torch\x8c\x11storage.os.getpid\x93)R.'),
+        'bytes beyond the file': opcodes(b'\x96' + (1 << 40).to_bytes(8, 'little')),
         'an extension code': archive(opcodes(b'\x82\x01')),
         # a function of mmengine's called by torch's own rebuilding, to set attributes of a class
         'a class as a tensor': saved(Calls(rebuild, identity, type, (torch.Tensor,), {'isnan': OrderedDict})),

@@ -42,7 +42,7 @@ def read_predictions(path: str | Path) -> list[dict]:
     """
     expected = 'expected what tools/test.py --out writes'
     try:
-        with _opened(path) as (file, size):
+        with _opened(path, 'write them again') as (file, size):
             predictions = Tree(MAX_SHARING * size, MAX_PREDICTION_VALUES).check(read_pickle(file))
     except CheckpointFileError as error:
         raise CheckpointFileError(f'{printable(path)} holds no predictions: {error}; {expected}') from None
@@ -53,14 +53,19 @@ def read_predictions(path: str | Path) -> list[dict]:
 
 def read_with_notes(path: str | Path) -> tuple[Any, list[str]]:
     """Return what ``read_checkpoint`` does, and a line for each part that was left out."""
-    with _opened(path) as (file, size):
+    next_step = 'get it again, or where you trust it save its state dict alone: torch.save(state_dict, PATH)'
+    with _opened(path, next_step) as (file, size):
         checkpoint = Tree(MAX_SHARING * size).check(read_archive(file))
         return checkpoint, check_training(checkpoint, Path(path).absolute()) if isinstance(checkpoint, dict) else []
 
 
 @contextlib.contextmanager
-def _opened(path: str | Path) -> Iterator[tuple[BinaryIO, int]]:
+def _opened(path: str | Path, next_step: str) -> Iterator[tuple[BinaryIO, int]]:
     """Open a file that may be damaged or hostile; give the file and its size.
+
+    Args:
+        path: The file.
+        next_step: What the user can do about a refused file.
 
     Raises:
         CheckpointFileError: If it cannot be opened, and in place of any error in the block.
@@ -82,7 +87,7 @@ def _opened(path: str | Path) -> Iterator[tuple[BinaryIO, int]]:
     except pickle.UnpicklingError as error:
         raise CheckpointFileError(
             f'{name} was refused, and nothing in it was run: it is damaged, or holds more than tensors and '
-            f'the training state of mmengine ({error})'
+            f'the training state of mmengine ({error}); {next_step}'
         ) from None
     except (OSError, MemoryError) as error:
         cause = getattr(error, 'strerror', None) or type(error).__name__

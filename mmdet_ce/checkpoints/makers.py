@@ -25,8 +25,9 @@ STORAGES = {
 NUMBERS = {code: np.dtype(code) for code in ['f2', 'f4', 'f8', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', 'b1']}
 HISTORY = 'mmengine.logging.history_buffer.HistoryBuffer'
 ONE_CYCLE = 'mmengine.optim.scheduler.param_scheduler.OneCycleParamScheduler'
-# a function of a class is pickled as getattr(class, name)
+# a function of a class is pickled as getattr(class, name), or since protocol 4 by its own name
 FUNCTIONS = {HISTORY: ('min', 'max', 'current', 'mean'), ONE_CYCLE: ('_annealing_cos', '_annealing_linear')}
+FUNCTION_NAMES = {f'{owner}.{name}' for owner, names in FUNCTIONS.items() for name in names}
 
 
 @dataclass(frozen=True)
@@ -96,10 +97,23 @@ def _bytes(text: Any, encoding: Any) -> bytes:
     return text.encode('latin1')
 
 
+def _empty_bytes() -> bytes:
+    return b''
+
+
 def _empty_array(cls: Any, shape: Any, code: Any) -> Array:
     if cls != Token('numpy.ndarray') or shape != (0,):
         raise pickle.UnpicklingError('it asks for an array of an unknown kind')
     return Array()
+
+
+def _array_of_bytes(data: Any, number: Any, shape: Any, order: Any) -> Array:
+    """Return an array as protocol 5 writes it."""
+    if type(data) is not bytes or type(shape) is not tuple or any(type(n) is not int for n in shape):
+        raise pickle.UnpicklingError('it asks for an array of an unknown kind')
+    array = Array()
+    array.values = np.frombuffer(data, dtype_of(number)).reshape(shape, order=order).copy(order='K')
+    return array
 
 
 def _number(code: Any, *_: Any) -> Number:
@@ -134,8 +148,10 @@ MAKERS: dict[str, Callable] = {
     'collections.OrderedDict': _ordered_dict,
     'collections.Counter': _counter,
     '_codecs.encode': _bytes,
+    '__builtin__.bytes': _empty_bytes,
     'numpy.dtype': _number,
     **{f'numpy.{core}.multiarray._reconstruct': _empty_array for core in ('core', '_core')},
+    **{f'numpy.{core}.numeric._frombuffer': _array_of_bytes for core in ('core', '_core')},
     **{f'numpy.{core}.multiarray.scalar': _scalar for core in ('core', '_core')},
     **{f'{builtins}.getattr': _function for builtins in ('builtins', '__builtin__')},
 }

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, Optional
 import numpy as np
 from torch import Tensor
 
-from .makers import HISTORY, MAKERS, NAMES, Array, History, Number, Token, dtype_of
+from .makers import FUNCTION, FUNCTION_NAMES, HISTORY, MAKERS, NAMES, Array, History, Number, Token, dtype_of
 
 MAX_OPCODES = 500_000  # a training checkpoint of a ResNet-50 detector has 30,000
 MAX_ARGUMENTS = 8
@@ -34,7 +34,7 @@ def _set(target: Any, key: Any, value: Any) -> None:
 
 
 class DataUnpickler(pickle._Unpickler):
-    """Python's own unpickler in Python, reduced to what protocol 2 needs for data.
+    """Python's own unpickler in Python, reduced to what data needs in protocols 2 to 5.
 
     Args:
         file: The pickle.
@@ -54,7 +54,8 @@ class DataUnpickler(pickle._Unpickler):
         self.storage, self.makers, self.max_opcodes = storage, {**MAKERS, **(makers or {})}, max_opcodes
         self.wide_text_left = MAX_WIDE_TEXT
         start = file.tell()
-        self.bytes_left = MAX_COPIES * (file.seek(0, io.SEEK_END) - start)
+        self.length = file.seek(0, io.SEEK_END) - start
+        self.bytes_left = MAX_COPIES * self.length
         file.seek(start)
 
     def load(self) -> Any:
@@ -71,9 +72,7 @@ class DataUnpickler(pickle._Unpickler):
             for _ in range(self.max_opcodes):
                 opcode = self.read(1)
                 if opcode and opcode[0] not in HANDLERS:
-                    raise pickle.UnpicklingError(
-                        f'its pickle has an instruction, {opcode!r}, that torch.save never writes'
-                    )
+                    raise pickle.UnpicklingError(f'its pickle has an instruction, {opcode!r}, that data does not need')
                 HANDLERS[opcode[0]](self)
         except pickle._Stop as stop:
             return stop.value
@@ -94,6 +93,8 @@ class DataUnpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Token:
         """Return the token of an admitted name."""
         full = f'{module}.{name}'
+        if full in FUNCTION_NAMES:
+            return FUNCTION
         if full not in self.makers and full not in NAMES:
             raise pickle.UnpicklingError(f'it asks for {ascii(full[:60])[1:-1]}')
         return Token(full)
@@ -155,13 +156,42 @@ class DataUnpickler(pickle._Unpickler):
 
     def load_binunicode(self) -> None:
         """Append a text; long ones have characters of one byte, as arrays do, which are written as text."""
-        length = int.from_bytes(self.read(4), 'little')
-        data = self.read(length)
+        self._append_text(self._counted(4))
+
+    def load_short_binunicode(self) -> None:
+        """Append a text of less than 256 bytes."""
+        self._append_text(self._counted(1))
+
+    def _append_text(self, data: bytes) -> None:
         if data.translate(None, NARROW):
-            self.wide_text_left -= length
-        if len(data) != length or self.wide_text_left < 0:
-            raise pickle.UnpicklingError('it is incomplete, or its texts are too long')
+            self.wide_text_left -= len(data)
+        if self.wide_text_left < 0:
+            raise pickle.UnpicklingError('its texts are too long')
         self.append(data.decode(errors='surrogatepass'))
+
+    def load_binbytes(self) -> None:
+        """Append bytes."""
+        self.append(self._counted(4))
+
+    def load_short_binbytes(self) -> None:
+        """Append less than 256 bytes."""
+        self.append(self._counted(1))
+
+    def load_bytearray8(self) -> None:
+        """Append the bytes of an array; nothing changes them."""
+        self.append(self._counted(8))
+
+    def _counted(self, width: int) -> bytes:
+        """Return the next bytes, whose count takes ``width`` bytes before them."""
+        length = int.from_bytes(self.read(width), 'little')
+        data = self.read(length) if length <= self.length else b''
+        if len(data) != length:
+            raise pickle.UnpicklingError('it is incomplete')
+        return data
+
+    def load_frame(self) -> None:
+        """Skip the length of a frame: what a frame holds is read as if it had none."""
+        self.read(8)
 
     def load_binpersid(self) -> None:
         """Append the storage of a persistent id."""
@@ -171,13 +201,14 @@ class DataUnpickler(pickle._Unpickler):
 _OWN = {
     pickle.REDUCE: 'reduce', pickle.NEWOBJ: 'newobj', pickle.BUILD: 'build', pickle.APPEND: 'append',
     pickle.APPENDS: 'appends', pickle.SETITEM: 'setitem', pickle.SETITEMS: 'setitems', pickle.BINPERSID: 'binpersid',
-    pickle.BINUNICODE: 'binunicode',
+    pickle.BINUNICODE: 'binunicode', pickle.SHORT_BINUNICODE: 'short_binunicode', pickle.BINBYTES: 'binbytes',
+    pickle.SHORT_BINBYTES: 'short_binbytes', pickle.BYTEARRAY8: 'bytearray8', pickle.FRAME: 'frame',
 }  # fmt: skip
 _AS_PYTHON = (
     pickle.PROTO, pickle.STOP, pickle.GLOBAL, pickle.MARK, pickle.EMPTY_DICT, pickle.EMPTY_LIST, pickle.EMPTY_TUPLE,
     pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE,
     pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.BINFLOAT, pickle.SHORT_BINSTRING,
-     pickle.BINGET, pickle.LONG_BINGET, pickle.BINPUT, pickle.LONG_BINPUT,
+    pickle.BINGET, pickle.LONG_BINGET, pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE, pickle.STACK_GLOBAL,
 )  # fmt: skip
 HANDLERS = {
     **{opcode[0]: pickle._Unpickler.dispatch[opcode[0]] for opcode in _AS_PYTHON},
