@@ -6,6 +6,7 @@ memory without bounds, for objects out of bytes, or are none of what they preten
 
 from __future__ import annotations
 
+import argparse
 import codecs
 import copy
 import io
@@ -159,6 +160,7 @@ def live(marker: Path) -> dict[str, bytes]:
         'map': Calls(list, Calls(map, eval, [python])),
         'nested': {'a': [{'b': (system,)}]},
         'a key': {system: 1},
+        'a namespace': argparse.Namespace(a=system),
         'the state of a HistoryBuffer': Calls(HistoryBuffer, state={'_log_history': system}),
         'globals of HistoryBuffer.__init__': through_globals(HistoryBuffer, '__init__'),
         'globals of HistoryBuffer.mean': through_globals(HistoryBuffer, 'mean'),
@@ -237,6 +239,9 @@ def costly() -> dict[str, bytes]:
         'one array copied many times': saved([array() for _ in range(10_000)]),
         'many histories of one array': saved([history() for _ in range(10_000)]),
         'one call with many arguments': archive(b'\x80\x02](' + long_call + b'h\x00h\x01R' * 20_000 + b'e.'),
+        'many namespaces of one dict': archive(
+            opcodes(b'](', [counts], b'q\x7f' + b'cargparse\nNamespace\n)\x81h\x7fb' * 10_000 + b'e')
+        ),
         'levels found one by one': saved(deep),
         'characters of four bytes': archive(b'\x80\x02X' + len(wide).to_bytes(4, 'little') + wide + b'.'),
         'keys of one hash': saved({i * (2**61 - 1): 0 for i in range(100)}),
@@ -320,6 +325,11 @@ def forged() -> dict[str, bytes]:
                 [HistoryBuffer], b')\x81', [{'_log_history': shared, '_count_history': shared, 'max_length': 1}], b'b'
             )
         ),
+        'a namespace that is filled twice': archive(
+            opcodes(b'cargparse\nNamespace\n)\x81', [{'a': 1}], b'b', [{'b': 1}], b'b')
+        ),
+        'a namespace of no attributes': archive(opcodes(b'cargparse\nNamespace\n)\x81', [[1]], b'b')),
+        'a namespace that holds itself': archive(opcodes(b'cargparse\nNamespace\n)\x81q\x7f}X\1\0\0\0ah\x7fsb')),
         'shared lists': saved([[shared] * 1000] * 1000),
         'nested lists': archive(b'\x80\x02' + b']' * 100_000 + b'a' * 99_999 + b'.'),
         'a list that holds itself': archive(opcodes(b']q\x00h\x00a')),

@@ -46,6 +46,12 @@ class History:
     state: Optional[dict] = None
 
 
+class Namespace:
+    """The saved attributes of an ``argparse.Namespace``, the options of a training that stand beside its weights."""
+
+    state: Optional[dict] = None
+
+
 class Array:
     """A saved array: ``values`` is set once."""
 
@@ -155,5 +161,7 @@ MAKERS: dict[str, Callable] = {
     **{f'numpy.{core}.multiarray.scalar': _scalar for core in ('core', '_core')},
     **{f'{builtins}.getattr': _function for builtins in ('builtins', '__builtin__')},
 }
+# classes whose objects a file gives a state, and what holds it
+HOLDERS = {HISTORY: History, 'argparse.Namespace': Namespace}
 # what it may name without calling it
-NAMES = {HISTORY, ONE_CYCLE, 'numpy.ndarray', *(f'{m}.{name}' for m in ('torch', 'torch.cuda') for name in STORAGES)}
+NAMES = {*HOLDERS, ONE_CYCLE, 'numpy.ndarray', *(f'{m}.{name}' for m in ('torch', 'torch.cuda') for name in STORAGES)}

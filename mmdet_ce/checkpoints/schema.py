@@ -13,7 +13,7 @@ from mmengine.logging import HistoryBuffer
 from mmengine.optim.scheduler.param_scheduler import _ParamScheduler
 from torch import Tensor
 
-from .makers import FUNCTION, Array, History
+from .makers import FUNCTION, Array, History, Namespace
 
 MAX_DEPTH = 64
 MAX_VALUES = 1_000_000  # a shared value counts every time it occurs, since a reader of the tree visits it every time
@@ -41,7 +41,9 @@ class Tree:
         self.done: dict[int, tuple[Any, int, int]] = {}  # what was made of an object, the values and the levels in it
 
     def check(self, value: Any) -> Any:
-        """Return the tree with ``HistoryBuffer`` objects in it; functions that a file names are left out.
+        """Return the tree with ``HistoryBuffer`` objects in it, and a dict for a namespace.
+
+        Functions that a file names are left out.
 
         Raises:
             pickle.UnpicklingError: If a value is of another type than those below, or there are too many.
@@ -69,6 +71,8 @@ class Tree:
                 made = zip([key for key, item in value.items() if item is not FUNCTION], made)
             levels = 1 + max((levels for _, _, levels in checked), default=0)
             return type(value)(made), 1 + sum(count for _, count, _ in checked), levels
+        if type(value) is Namespace:
+            return ({}, 1, 0) if value.state is None else self._check(value.state, depth)
         return (*self._made_leaf(value), 0)
 
     def _made_leaf(self, value: Any) -> tuple[Any, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import pickletools
 import time
@@ -87,6 +88,16 @@ def test_tensors_round_trip(new, tmp_path):
             assert own.dtype == tensor.dtype and torch.equal(own, tensor) and not own.requires_grad, name
 
 
+@pytest.mark.parametrize('protocol', [2, 4])
+def test_options_beside_weights_are_a_dict(protocol, tmp_path):
+    """DETR's, DeiT's and MAE's public weights hold the ``argparse.Namespace`` of their training."""
+    args = argparse.Namespace(lr=0.1, inner=argparse.Namespace(name='a'), empty=argparse.Namespace(), w=torch.ones(2))
+    torch.save({'model': {'w': torch.ones(2)}, 'args': args}, tmp_path / 'a.pth', pickle_protocol=protocol)
+    loaded = load_from_local(str(tmp_path / 'a.pth'))
+    assert loaded['model']['w'].sum() == loaded['args'].pop('w').sum() == 2
+    assert loaded['args'] == {'lr': 0.1, 'inner': {'name': 'a'}, 'empty': {}}
+
+
 @pytest.mark.parametrize('new', [True, False], ids=['archive', 'before torch 1.6'])
 @pytest.mark.parametrize('protocol', [2, 3, 4, 5])
 def test_every_protocol_round_trips(protocol, new, tmp_path):
@@ -128,6 +139,7 @@ def test_the_gate_is_closed(tmp_path):
         loss=HistoryBuffer([1.0], [1]), eta=np.float64(3), arrays=arrays, step=1 << 40, small=(1, 300, 70000)
     )
     content.update(schedulers=[scheduler.state_dict() for scheduler in schedulers], flags=(True, False, None, 0.5))
+    content.update(args=argparse.Namespace(lr=0.1))
     content.update(tuples=((), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4)), net=torch.nn.BatchNorm2d(3).state_dict())
     content.update(
         milestones=Counter([8, 11]),
