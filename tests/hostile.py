@@ -20,9 +20,10 @@ import subprocess
 import tarfile
 import timeit
 import zipfile
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict, deque
+from datetime import datetime, timezone
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -213,7 +214,7 @@ def costly() -> dict[str, bytes]:
 
     data, text, numbers = bytes(1 << 20), 'a' * (1 << 20), np.zeros(1 << 17)
     pairs, sizes = [(i, i) for i in range(10_000)], (1,) * 10_000
-    counts = dict(pairs)
+    counts, members = dict(pairs), [*range(10_000)]
     rebuild = torch._utils._rebuild_tensor_v2, torch.zeros(1).storage(), 0, sizes, sizes, False, OrderedDict()
     directory = io.BytesIO()
     with zipfile.ZipFile(directory, 'w') as out:
@@ -244,6 +245,10 @@ def costly() -> dict[str, bytes]:
         ),
         'levels found one by one': saved(deep),
         'characters of four bytes': archive(b'\x80\x02X' + len(wide).to_bytes(4, 'little') + wide + b'.'),
+        'keys that equal nothing': saved({float('nan'): 0 for _ in range(100)}),  # one hash, before Python 3.10
+        'many keys of tuples': saved({(i, 0): 0 for i in range(2000)}),  # whose hashes an attacker can make the same
+        'one list made a set many times': saved([Calls(set, members) for _ in range(100)]),
+        'one size many times': saved([Calls(torch.Size, sizes) for _ in range(10_000)]),
         'keys of one hash': saved({i * (2**61 - 1): 0 for i in range(100)}),
         'an entry longer than it is': sizes_that_lie.getvalue(),
         'many dicts': archive(b'\x80\x02](' + b'}' * 900_000 + b'e.'),
@@ -337,16 +342,32 @@ def forged() -> dict[str, bytes]:
         'many tensors on one storage': saved({i: many_views[i:] for i in range(1000)}),
         **{f'a {name} tensor': saved(tensor) for name, tensor in tensors.items()},
         # other containers and attributes
-        'a set': saved({1, 2}),
         'a counter of text': saved(Counter('aab')),
         'a counter that is filled twice': archive(opcodes([Counter([1]), 1, 2], b's')),
         'a counter with attributes': archive(opcodes([Counter([1]), {'update': 1}], b'b')),
-        'a device': saved(torch.device('cpu')),
-        'a dtype': saved(torch.float32),
         'a class': saved(HistoryBuffer),
         'bytes made elsewhere': saved(Calls(codecs.encode, 'a', 'rot13')),
         'a byte array': saved(bytearray(4)),
-        'a key of another type': saved({(1, 2): 1}),
+        'a key of another type': saved({torch.float32: 1}),
+        'a key of many values': saved({(1,) * 9: 1}),
+        'a key of a key': saved({((1,),): 1}),
+        'a set of dtypes': saved({torch.float32}),
+        'a set of something else than a list': saved(Calls(set, (1, 2))),
+        'a set with attributes': archive(opcodes([{1}, {'a': 1}], b'b')),
+        'a set that holds itself': archive(opcodes(b'\x8fq\x7f(h\x7f\x90')),
+        'members of a list': archive(opcodes(b'](K\x01\x90')),
+        'a builtin': saved(int),
+        'a builtin called': saved(Calls(str, 'a')),
+        'a size of text': saved(Calls(torch.Size, ('a',))),
+        'a device by another name': saved(Calls(torch.device, 'privateuseone')),
+        'a device of no index': saved(Calls(torch.device, 'cuda', 10**6)),
+        'a defaultdict of a function': saved(defaultdict(os.getpid)),
+        'a deque of a list': saved(Calls(deque, [1])),
+        'a path of numbers': saved(Calls(PurePosixPath, 1)),
+        'a long path': saved(PurePosixPath('a' * 10_000)),
+        'a time without a month': saved(Calls(datetime, bytes(10))),
+        'a time of text': saved(Calls(datetime, '2024-01-01')),
+        'a time zone of text': saved(Calls(timezone, 'UTC')),
         # parts of a training of another type
         **{f'{key} of a wrong type': part(key, value) for key, value in WRONG_PARTS.items()},
         'TorchScript': script.getvalue(),

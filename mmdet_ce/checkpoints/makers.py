@@ -16,7 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MAX_AXES = 16
+from .values import DTYPES, MAX_AXES, VALUES
+
+BUILTINS = ('builtins', '__builtin__')  # by Python 3 and by Python 2
+TYPES = ('bool', 'dict', 'float', 'frozenset', 'int', 'list', 'set', 'str', 'tuple')
+FACTORIES = {*(f'{module}.{name}' for module in BUILTINS for name in TYPES), '__builtin__.long', '__builtin__.unicode'}
 STORAGES = {
     'DoubleStorage': torch.float64, 'FloatStorage': torch.float32, 'HalfStorage': torch.float16,
     'BFloat16Storage': torch.bfloat16, 'LongStorage': torch.int64, 'IntStorage': torch.int32,
@@ -89,6 +93,26 @@ def _ordered_dict() -> dict:
     return {}
 
 
+def _default_dict(factory: Any = None) -> dict:
+    """Return a dict without what it would make of a missing key."""
+    if factory is not None and (type(factory) is not Token or factory.name not in FACTORIES):
+        raise pickle.UnpicklingError('it asks for a defaultdict of an unknown kind')
+    return {}
+
+
+def _deque(items: Any = (), length: Any = None) -> list:
+    """Return a deque as a list; its items follow."""
+    if type(items) is not tuple or items or not (length is None or type(length) is int):
+        raise pickle.UnpicklingError('it asks for a deque of an unknown kind')
+    return []
+
+
+def _config_dict(items: Any) -> dict:
+    if type(items) is not dict:
+        raise pickle.UnpicklingError('it asks for a ConfigDict of something else than a dict')
+    return items
+
+
 def _counter(counts: Any = None) -> Counter:
     """Return the milestones of mmengine's MultiStepLR."""
     counts = {} if counts is None else counts
@@ -115,7 +139,7 @@ def _empty_array(cls: Any, shape: Any, code: Any) -> Array:
 
 def _array_of_bytes(data: Any, number: Any, shape: Any, order: Any) -> Array:
     """Return an array as protocol 5 writes it."""
-    if type(data) is not bytes or type(shape) is not tuple or any(type(n) is not int for n in shape):
+    if type(data) is not bytes or type(shape) is not tuple or len(shape) > MAX_AXES:
         raise pickle.UnpicklingError('it asks for an array of an unknown kind')
     array = Array()
     array.values = np.frombuffer(data, dtype_of(number)).reshape(shape, order=order).copy(order='K')
@@ -148,20 +172,31 @@ def dtype_of(number: Any) -> np.dtype:
 # What a file may call. numpy renamed its core in version 2, and a checkpoint names it as the numpy that wrote it did;
 # protocol 2 names builtins as Python 2 did.
 MAKERS: dict[str, Callable] = {
+    **VALUES,
     'torch._utils._rebuild_tensor': _tensor,
     'torch._utils._rebuild_tensor_v2': _tensor,
     'torch._utils._rebuild_parameter': _parameter,
     'collections.OrderedDict': _ordered_dict,
     'collections.Counter': _counter,
+    'collections.defaultdict': _default_dict,
+    'collections.deque': _deque,
+    'mmengine.config.config.ConfigDict': _config_dict,
     '_codecs.encode': _bytes,
     '__builtin__.bytes': _empty_bytes,
     'numpy.dtype': _number,
     **{f'numpy.{core}.multiarray._reconstruct': _empty_array for core in ('core', '_core')},
     **{f'numpy.{core}.numeric._frombuffer': _array_of_bytes for core in ('core', '_core')},
     **{f'numpy.{core}.multiarray.scalar': _scalar for core in ('core', '_core')},
-    **{f'{builtins}.getattr': _function for builtins in ('builtins', '__builtin__')},
+    **{f'{builtins}.getattr': _function for builtins in BUILTINS},
 }
 # classes whose objects a file gives a state, and what holds it
 HOLDERS = {HISTORY: History, 'argparse.Namespace': Namespace}
 # what it may name without calling it
-NAMES = {*HOLDERS, ONE_CYCLE, 'numpy.ndarray', *(f'{m}.{name}' for m in ('torch', 'torch.cuda') for name in STORAGES)}
+NAMES = {
+    *HOLDERS,
+    *DTYPES,
+    *FACTORIES,
+    ONE_CYCLE,
+    'numpy.ndarray',
+    *(f'{m}.{name}' for m in ('torch', 'torch.cuda') for name in STORAGES),
+}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import pickle
 import re
 from collections import Counter
@@ -9,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.optim.scheduler.param_scheduler import _ParamScheduler
 from torch import Tensor
 
-from .makers import FUNCTION, Array, History, Namespace
+from .makers import FUNCTION, Array, History, Namespace, Token
+from .values import DTYPES
 
 MAX_DEPTH = 64
 MAX_VALUES = 1_000_000  # a shared value counts every time it occurs, since a reader of the tree visits it every time
@@ -41,7 +44,7 @@ class Tree:
         self.done: dict[int, tuple[Any, int, int]] = {}  # what was made of an object, the values and the levels in it
 
     def check(self, value: Any) -> Any:
-        """Return the tree with ``HistoryBuffer`` objects in it, and a dict for a namespace.
+        """Return the tree with ``HistoryBuffer`` objects in it, a dict for a namespace, and dtypes for their names.
 
         Functions that a file names are left out.
 
@@ -76,8 +79,13 @@ class Tree:
         return (*self._made_leaf(value), 0)
 
     def _made_leaf(self, value: Any) -> tuple[Any, int]:
-        if type(value) is Counter:  # of integers
+        if type(value) in (Counter, set, frozenset):  # of integers; of what can be a key
             return value, 1 + len(value)
+        if type(value) in (torch.device, datetime.datetime, datetime.timedelta, datetime.timezone):
+            return value, 1
+        if type(value) is Token:
+            _expect(value.name in DTYPES, f'it holds {value.name}')
+            return DTYPES[value.name], 1
         if type(value) is Tensor:
             self._charge(value.numel() * value.element_size())
             return value, 1

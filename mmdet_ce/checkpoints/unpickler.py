@@ -14,23 +14,19 @@ from typing import Any, BinaryIO, Optional
 import numpy as np
 from torch import Tensor
 
-from .makers import FUNCTION, FUNCTION_NAMES, HOLDERS, MAKERS, NAMES, Array, Number, Token, dtype_of
+from .makers import BUILTINS, FUNCTION, FUNCTION_NAMES, HOLDERS, MAKERS, NAMES, Array, Number, Token, dtype_of
 
 MAX_OPCODES = 500_000  # a training checkpoint of a ResNet-50 detector has 30,000
-MAX_ARGUMENTS = 8
+MAX_ARGUMENTS = 32  # a path has one for each folder
 MAX_KEY = 2**61 - 1  # Python hashes larger ones to the same as small ones
+KEYS = (str, int, float, bool, type(None))
+MAX_KEY_TUPLE = 8
+MAX_KEY_TUPLES = 1000  # in a file: tuples that Python hashes to the same can be found
+MAX_MEMBERS = 100_000  # of all sets in a file
 MAX_WIDE_TEXT = 4 << 20  # bytes of texts whose characters take up to four bytes in memory for one in the file
 MAX_COPIES = 4  # times the bytes of a pickle that what is copied out of it may take
 COPIED = {str: 1, bytes: 1, dict: 100}  # bytes for each item
 NARROW = bytes(range(0xC4))  # of UTF-8, in texts of characters up to 255
-
-
-def _set(target: Any, key: Any, value: Any) -> None:
-    if type(target) is not dict or type(key) not in (str, int, float, bool, type(None)):
-        raise pickle.UnpicklingError(f'it sets an item of a {type(target).__name__} by a {type(key).__name__}')
-    if type(key) is int and not -MAX_KEY < key < MAX_KEY:
-        raise pickle.UnpicklingError('it has a key of more digits than any checkpoint')
-    target[key] = value
 
 
 class DataUnpickler(pickle._Unpickler):
@@ -51,8 +47,11 @@ class DataUnpickler(pickle._Unpickler):
         max_opcodes: int = MAX_OPCODES,
     ) -> None:
         super().__init__(file, encoding='ascii')
-        self.storage, self.makers, self.max_opcodes = storage, {**MAKERS, **(makers or {})}, max_opcodes
-        self.wide_text_left = MAX_WIDE_TEXT
+        sets = {
+            f'{m}.{name}': make for m in BUILTINS for name, make in (('set', self._set), ('frozenset', self._frozen))
+        }
+        self.storage, self.makers, self.max_opcodes = storage, {**MAKERS, **sets, **(makers or {})}, max_opcodes
+        self.wide_text_left, self.tuples_left, self.members_left = MAX_WIDE_TEXT, MAX_KEY_TUPLES, MAX_MEMBERS
         start = file.tell()
         self.length = file.seek(0, io.SEEK_END) - start
         self.bytes_left = MAX_COPIES * self.length
@@ -146,13 +145,62 @@ class DataUnpickler(pickle._Unpickler):
     def load_setitem(self) -> None:
         """Set an item of a dict."""
         value, key = self.stack.pop(), self.stack.pop()
-        _set(self.stack[-1], key, value)
+        self._set_item(key, value)
 
     def load_setitems(self) -> None:
         """Set several items of a dict."""
         items = self.pop_mark()
         for key, value in zip(items[::2], items[1::2]):
-            _set(self.stack[-1], key, value)
+            self._set_item(key, value)
+
+    def _set_item(self, key: Any, value: Any) -> None:
+        target = self.stack[-1]
+        if type(target) is not dict:
+            raise pickle.UnpicklingError(f'it sets an item of a {type(target).__name__}')
+        target[self._key(key)] = value
+
+    def load_empty_set(self) -> None:
+        """Append a set."""
+        self.append(set())
+
+    def load_additems(self) -> None:
+        """Add several members to a set."""
+        items = self.pop_mark()
+        if type(self.stack[-1]) is not set:
+            raise pickle.UnpicklingError('it adds to something else than a set')
+        self.stack[-1].update(self._set(items))
+
+    def load_frozenset(self) -> None:
+        """Append a frozenset."""
+        items = self.pop_mark()
+        self.append(self._frozen(items))
+
+    def _set(self, items: Any) -> set:
+        if type(items) is not list:
+            raise pickle.UnpicklingError('it asks for a set of something else than a list')
+        self.members_left -= len(items)
+        if self.members_left < 0:
+            raise pickle.UnpicklingError('it has more sets than any checkpoint')
+        return {self._key(item) for item in items}
+
+    def _frozen(self, items: Any) -> frozenset:
+        return frozenset(self._set(items))
+
+    def _key(self, key: Any) -> Any:
+        """Return a key of a dict or a member of a set that is cheap to hash and to compare."""
+        if type(key) is str:
+            return key
+        parts = key if type(key) is tuple else (key,)
+        if type(key) is tuple:
+            self.tuples_left -= 1
+        if self.tuples_left < 0 or len(parts) > MAX_KEY_TUPLE or any(type(part) not in KEYS for part in parts):
+            raise pickle.UnpicklingError(f'it has a key of an unknown kind, a {type(key).__name__}')
+        for part in parts:
+            if type(part) is int and not -MAX_KEY < part < MAX_KEY or part != part:  # Python 3.8 hashes every nan to 0
+                raise pickle.UnpicklingError(
+                    'it has a key of more digits than any checkpoint, or one that is no number'
+                )
+        return key
 
     def load_binunicode(self) -> None:
         """Append a text; long ones have characters of one byte, as arrays do, which are written as text."""
@@ -203,6 +251,7 @@ _OWN = {
     pickle.APPENDS: 'appends', pickle.SETITEM: 'setitem', pickle.SETITEMS: 'setitems', pickle.BINPERSID: 'binpersid',
     pickle.BINUNICODE: 'binunicode', pickle.SHORT_BINUNICODE: 'short_binunicode', pickle.BINBYTES: 'binbytes',
     pickle.SHORT_BINBYTES: 'short_binbytes', pickle.BYTEARRAY8: 'bytearray8', pickle.FRAME: 'frame',
+    pickle.EMPTY_SET: 'empty_set', pickle.ADDITEMS: 'additems', pickle.FROZENSET: 'frozenset',
 }  # fmt: skip
 _AS_PYTHON = (
     pickle.PROTO, pickle.STOP, pickle.GLOBAL, pickle.MARK, pickle.EMPTY_DICT, pickle.EMPTY_LIST, pickle.EMPTY_TUPLE,
