@@ -263,9 +263,9 @@ def forged() -> dict[str, bytes]:
     def array(length: int, data: bytes) -> Calls:
         return Calls(_reconstruct, np.ndarray, (0,), b'b', state=(1, (length,), np.dtype('f8'), False, data))
 
-    def tensor(storage_size: int, size: int) -> bytes:
+    def tensor(storage_size: int, size: tuple, stride: tuple = (1,)) -> bytes:
         storage = [('storage', torch.FloatStorage, '0', 'cpu', storage_size)]
-        rest = [0, (size,), (1,), False, OrderedDict()]
+        rest = [0, size, stride, False, OrderedDict()]
         return opcodes([torch._utils._rebuild_tensor_v2], b'(', storage, b'Q', rest, b'tR')
 
     shared: Any = ()
@@ -276,14 +276,24 @@ def forged() -> dict[str, bytes]:
     changed.as_subclass = identity
     quantized = torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8)
     meta, sparse = torch.zeros(4, device='meta'), torch.zeros(4).to_sparse()
-    tensors = {'meta': meta, 'sparse': sparse, 'quantized': quantized, 'complex': torch.zeros(2, dtype=torch.complex64)}
+    tensors = {
+        'meta': meta,
+        'sparse': sparse,
+        'quantized': quantized,
+        'conjugate': torch.zeros(2, dtype=torch.complex64).conj(),
+    }
+    tensors['large expanded'] = torch.zeros(1).expand(10**6)
+    expanded = torch.zeros(1).expand(1 << 20)
+    rebuild_tensor = torch._utils._rebuild_tensor_v2
+    rebuild_bytes = getattr(torch._utils, '_rebuild_tensor_v3', rebuild_tensor)  # since torch 2.1
+    as_bytes = torch.zeros(4, dtype=torch.uint8).untyped_storage(), 0, (1,), (1,), False, OrderedDict()
     if TORCH >= (2, 3):  # an older torch cannot save it
         tensors['nested'] = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
     many_views = torch.zeros(1 << 18)
     script, compressed, overlapping, other = (io.BytesIO() for _ in range(4))
     torch.jit.save(torch.jit.script(torch.nn.Identity()), script)
     with zipfile.ZipFile(compressed, 'w', zipfile.ZIP_DEFLATED) as out:
-        out.writestr('archive/data.pkl', tensor(50 << 20, 50 << 20))
+        out.writestr('archive/data.pkl', tensor(50 << 20, (50 << 20,)))
         out.writestr('archive/data/0', bytes(200 << 20))
         out.writestr('archive/version', b'3\n')
     overlapping.write(archive(opcodes([{}]), bytes(1 << 16)))
@@ -306,8 +316,12 @@ def forged() -> dict[str, bytes]:
         'numpy: an array filled twice': archive(
             opcodes([array(1000, bytes(8000)), (1, (1,), np.dtype('f8'), False, bytes(8))], b'b')
         ),
-        'torch: a tensor beyond its storage': archive(tensor(4, 10**12), bytes(16)),
-        'torch: a storage beyond the file': archive(tensor(10**12, 4), bytes(16)),
+        'torch: a tensor beyond its storage': archive(tensor(4, (10**12,)), bytes(16)),
+        'torch: a storage beyond the file': archive(tensor(10**12, (4,)), bytes(16)),
+        'torch: more numbers than a tensor counts': archive(tensor(4, (1 << 32, 1 << 32), (0, 0)), bytes(16)),
+        'torch: a tensor as a storage': saved(Calls(rebuild_tensor, expanded, 10**6, (4,), (1,), False, OrderedDict())),
+        'torch: a tensor of another type': saved(Calls(rebuild_bytes, *as_bytes, Calls(str), None)),
+        'torch: a tensor of half numbers': saved(Calls(rebuild_bytes, *as_bytes, torch.float64, None)),
         'a persistent id of text': archive(opcodes(['os'], b'Q')),
         'a persistent id of a module': archive(opcodes([('module', 'os', 'os.py', 'system')], b'Q')),
         'a name by one that is admitted': archive(b'\x80\x04\x8c\x05torch\x8c\x11storage.os.getpid\x93)R.'),

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .values import DTYPES, MAX_AXES, VALUES
 
+MAX_NUMEL = 1 << 40  # torch cannot count many more; schema.py limits the bytes
 BUILTINS = ('builtins', '__builtin__')  # by Python 3 and by Python 2
 TYPES = ('bool', 'dict', 'float', 'frozenset', 'int', 'list', 'set', 'str', 'tuple')
 FACTORIES = {*(f'{module}.{name}' for module in BUILTINS for name in TYPES), '__builtin__.long', '__builtin__.unicode'}
@@ -25,9 +26,11 @@ STORAGES = {
     'DoubleStorage': torch.float64, 'FloatStorage': torch.float32, 'HalfStorage': torch.float16,
     'BFloat16Storage': torch.bfloat16, 'LongStorage': torch.int64, 'IntStorage': torch.int32,
     'ShortStorage': torch.int16, 'CharStorage': torch.int8, 'ByteStorage': torch.uint8, 'BoolStorage': torch.bool,
+    'ComplexFloatStorage': torch.complex64, 'ComplexDoubleStorage': torch.complex128, 'UntypedStorage': torch.uint8,
 }  # fmt: skip
 NUMBERS = {code: np.dtype(code) for code in ['f2', 'f4', 'f8', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', 'b1']}
 HISTORY = 'mmengine.logging.history_buffer.HistoryBuffer'
+CONFIG_DICT = 'mmengine.config.config.ConfigDict'
 ONE_CYCLE = 'mmengine.optim.scheduler.param_scheduler.OneCycleParamScheduler'
 # a function of a class is pickled as getattr(class, name), or since protocol 4 by its own name
 FUNCTIONS = {HISTORY: ('min', 'max', 'current', 'mean'), ONE_CYCLE: ('_annealing_cos', '_annealing_linear')}
@@ -69,18 +72,32 @@ class Number:
     dtype: np.dtype
 
 
-def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
-    """Return a strided tensor that fits into its storage."""
-    known = type(storage) is Tensor and type(size) is type(stride) is tuple and len(size) == len(stride) <= MAX_AXES
+def _tensor(
+    storage: Any, offset: Any, size: Any, stride: Any, _grad: Any = None, _hooks: Any = None, *bits: Any
+) -> Tensor:
+    """Return a strided tensor that fits into its storage, or repeats parts of it."""
+    known = type(storage) is Tensor and storage.dim() == 1 and storage.is_contiguous()
+    known = known and type(size) is type(stride) is tuple and len(size) == len(stride) <= MAX_AXES
     if not known or any(type(n) is not int or n < 0 for n in (offset, *size, *stride)):
         raise pickle.UnpicklingError('it asks for a tensor of an unknown kind')
+    if any(bits):
+        raise pickle.UnpicklingError('it asks for a conjugated or negated view of a tensor')
     numel = 1
     for length in size:
         numel *= length
     last = offset + sum((length - 1) * step for length, step in zip(size, stride)) if numel else 0
-    if last >= max(len(storage), 1) or numel > len(storage):
+    if last >= max(len(storage), 1) or numel > MAX_NUMEL:
         raise pickle.UnpicklingError('it asks for a tensor that its storage does not hold')
     return storage.as_strided(size, stride, offset) if numel else storage.new_empty(size)
+
+
+def _tensor_of_bytes(
+    storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, *bits: Any
+) -> Tensor:
+    """Return a tensor of a type that has no storage of its own."""
+    if type(storage) is not Tensor or type(dtype) is not Token or dtype.name not in DTYPES:
+        raise pickle.UnpicklingError('it asks for a tensor of an unknown kind')
+    return _tensor(storage.view(DTYPES[dtype.name]), offset, size, stride, grad, hooks, *bits)
 
 
 def _parameter(data: Any, *_: Any) -> Tensor:
@@ -175,12 +192,13 @@ MAKERS: dict[str, Callable] = {
     **VALUES,
     'torch._utils._rebuild_tensor': _tensor,
     'torch._utils._rebuild_tensor_v2': _tensor,
+    'torch._utils._rebuild_tensor_v3': _tensor_of_bytes,
     'torch._utils._rebuild_parameter': _parameter,
     'collections.OrderedDict': _ordered_dict,
     'collections.Counter': _counter,
     'collections.defaultdict': _default_dict,
     'collections.deque': _deque,
-    'mmengine.config.config.ConfigDict': _config_dict,
+    CONFIG_DICT: _config_dict,
     '_codecs.encode': _bytes,
     '__builtin__.bytes': _empty_bytes,
     'numpy.dtype': _number,
@@ -189,8 +207,8 @@ MAKERS: dict[str, Callable] = {
     **{f'numpy.{core}.multiarray.scalar': _scalar for core in ('core', '_core')},
     **{f'{builtins}.getattr': _function for builtins in BUILTINS},
 }
-# classes whose objects a file gives a state, and what holds it
-HOLDERS = {HISTORY: History, 'argparse.Namespace': Namespace}
+# classes whose objects a file makes first and fills later (with ConfigDict older mmengine does so); what it fills here
+HOLDERS = {HISTORY: History, 'argparse.Namespace': Namespace, CONFIG_DICT: dict}
 # what it may name without calling it
 NAMES = {
     *HOLDERS,
@@ -198,5 +216,5 @@ NAMES = {
     *FACTORIES,
     ONE_CYCLE,
     'numpy.ndarray',
-    *(f'{m}.{name}' for m in ('torch', 'torch.cuda') for name in STORAGES),
+    *(f'{m}.{name}' for m in ('torch', 'torch.cuda', 'torch.storage') for name in STORAGES),
 }

@@ -14,7 +14,21 @@ from typing import Any, BinaryIO, Optional
 import numpy as np
 from torch import Tensor
 
-from .makers import BUILTINS, FUNCTION, FUNCTION_NAMES, HOLDERS, MAKERS, NAMES, Array, Number, Token, dtype_of
+from .makers import (
+    BUILTINS,
+    CONFIG_DICT,
+    FUNCTION,
+    FUNCTION_NAMES,
+    HOLDERS,
+    MAKERS,
+    NAMES,
+    Array,
+    History,
+    Namespace,
+    Number,
+    Token,
+    dtype_of,
+)
 
 MAX_OPCODES = 500_000  # a training checkpoint of a ResNet-50 detector has 30,000
 MAX_ARGUMENTS = 32  # a path has one for each folder
@@ -110,14 +124,15 @@ class DataUnpickler(pickle._Unpickler):
     def load_newobj(self) -> None:
         """Make a holder of an object's state."""
         args, name = self.stack.pop(), self.stack[-1]
-        if type(name) is not Token or name.name not in HOLDERS or type(args) is not tuple or args:
+        known = type(name) is Token and name.name in HOLDERS and type(args) is tuple
+        if not known or (args and name.name != CONFIG_DICT):  # its items are given twice, here and as items
             raise pickle.UnpicklingError('it makes an object of a class that no checkpoint holds')
         self.stack[-1] = HOLDERS[name.name]()
 
     def load_build(self) -> None:
         """Give a holder its state, once. A dict's attributes, as torch's ``_metadata``, are left out."""
         state, target = self.stack.pop(), self.stack[-1]
-        if type(target) in HOLDERS.values() and target.state is None and type(state) is dict:
+        if type(target) in (History, Namespace) and target.state is None and type(state) is dict:
             target.state = state
         elif type(target) is Array and target.values is None and type(state) is tuple and len(state) == 5:
             _, shape, number, fortran, data = state

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import pickletools
 import time
 from collections import Counter, defaultdict, deque
@@ -21,9 +22,10 @@ from mmengine.optim import OneCycleLR
 from mmengine.runner import CheckpointLoader
 
 from mmdet_ce.checkpoints import CheckpointFileError, load_from_local, read_checkpoint
-from mmdet_ce.checkpoints.makers import MAKERS, NAMES
+from mmdet_ce.checkpoints.makers import MAKERS, NAMES, STORAGES
 from mmdet_ce.checkpoints.unpickler import HANDLERS
 from mmdet_ce.checkpoints.values import DTYPES
+from mmdet_ce.compat import TORCH
 
 
 def test_history_buffer_round_trip(tmp_path):
@@ -74,13 +76,29 @@ def test_numbers_of_every_size_round_trip(code, tmp_path):
     assert loaded['scalar'] == array[1].item()
 
 
+def savable_dtypes() -> list[torch.dtype]:
+    """Return the types of tensors that this torch can save."""
+    savable = []
+    for dtype in DTYPES.values():
+        with contextlib.suppress(KeyError):  # torch 2.1 cannot save float8
+            torch.save(torch.zeros(1).to(dtype), io.BytesIO())
+            savable.append(dtype)
+    assert savable[:12] == [*DTYPES.values()][:12]
+    return savable
+
+
 @pytest.mark.parametrize('new', [True, False], ids=['archive', 'before torch 1.6'])
 def test_tensors_round_trip(new, tmp_path):
     """Of every admitted type, views and parameters among them, as torch.load reads them."""
     base = torch.randn(6, 4)
-    dtypes = ('float64', 'float32', 'float16', 'bfloat16', 'int64', 'int32', 'int16', 'int8', 'uint8', 'bool')
-    content = {name: (10 * base).to(getattr(torch, name)) for name in dtypes}
-    content.update(view=base.t()[1:3], scalar=torch.tensor(3.0), empty=torch.zeros(0, 3), w=torch.nn.Parameter(base))
+    content = {str(dtype): (10 * base).to(dtype) for dtype in (savable_dtypes() if new else {*STORAGES.values()})}
+    content.update(
+        view=base.t()[1:3],
+        scalar=torch.tensor(3.0),
+        empty=torch.zeros(0, 3),
+        expanded=base[:1].expand(3, 4),
+        w=torch.nn.Parameter(base),
+    )
     content['state_dict'] = torch.nn.BatchNorm2d(3).state_dict()
     path = tmp_path / 'a.pth'
     torch.save(content, path, _use_new_zipfile_serialization=new)
@@ -89,7 +107,8 @@ def test_tensors_round_trip(new, tmp_path):
     for name, tensor in {**theirs, **theirs['state_dict']}.items():
         if isinstance(tensor, torch.Tensor):
             own = {**ours, **ours['state_dict']}[name]
-            assert own.dtype == tensor.dtype and torch.equal(own, tensor) and not own.requires_grad, name
+            assert own.dtype == tensor.dtype and not own.requires_grad and own.shape == tensor.shape, name
+            assert own.tolist() == tensor.tolist(), name  # torch.equal does not know the types of 8 bits
 
 
 @pytest.mark.parametrize('protocol', [2, 4])
@@ -181,6 +200,7 @@ def test_the_gate_is_closed(tmp_path):
     content.update(args=argparse.Namespace(lr=0.1), plain=[value for value, _ in PLAIN.values()])
     factories = [bool, dict, float, frozenset, int, list, set, str, tuple]
     content.update(factories=[defaultdict(one) for one in factories], dtypes=[*DTYPES.values()])
+    content.update(tensors=[torch.zeros(1).to(dtype) for dtype in savable_dtypes()])
     content.update(paths=[Path('a'), PureWindowsPath('a'), PurePosixPath('a')])
     content.update(tuples=((), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4)), net=torch.nn.BatchNorm2d(3).state_dict())
     content.update(
@@ -199,6 +219,7 @@ def test_the_gate_is_closed(tmp_path):
     assert names <= {*MAKERS, *NAMES} and opcodes <= {*HANDLERS}
     other = {name for name in {*MAKERS, *NAMES} - names if 'Storage' not in name and 'numpy' not in name}
     other -= {name for name in other if name.startswith('pathlib.')}  # another system's, another Python's
+    other -= {'torch._utils._rebuild_tensor_v3'} if TORCH < (2, 2) else set()  # of what an older torch cannot save
     assert other == {'torch._utils._rebuild_tensor', '__builtin__.int', '__builtin__.str'}, 'of old files'
     assert {*HANDLERS} - opcodes <= {ord('U'), ord('j')}, 'Python 2 text, and the 257th shared object'
 
