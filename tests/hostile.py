@@ -251,6 +251,7 @@ def costly() -> dict[str, bytes]:
         'one size many times': saved([Calls(torch.Size, sizes) for _ in range(10_000)]),
         'keys of one hash': saved({i * (2**61 - 1): 0 for i in range(100)}),
         'an entry longer than it is': sizes_that_lie.getvalue(),
+        'many sets': archive(opcodes(b'](' + b'\x8f' * 300_000 + b'e')),
         'many dicts': archive(b'\x80\x02](' + b'}' * 900_000 + b'e.'),
         'a large directory': directory.getvalue(),
         'many storages before torch 1.6': head + b'\x80\x02](' + storages + b'e.' + opcodes([[]]),

@@ -36,7 +36,7 @@ MAX_KEY = 2**61 - 1  # Python hashes larger ones to the same as small ones
 KEYS = (str, int, float, bool, type(None))
 MAX_KEY_TUPLE = 8
 MAX_KEY_TUPLES = 1000  # in a file: tuples that Python hashes to the same can be found
-MAX_MEMBERS = 100_000  # of all sets in a file
+MAX_MEMBERS = 100_000  # of all sets in a file, with the sets: an empty one takes 216 bytes
 MAX_WIDE_TEXT = 4 << 20  # bytes of texts whose characters take up to four bytes in memory for one in the file
 MAX_COPIES = 4  # times the bytes of a pickle that what is copied out of it may take
 COPIED = {str: 1, bytes: 1, dict: 100}  # bytes for each item
@@ -176,7 +176,7 @@ class DataUnpickler(pickle._Unpickler):
 
     def load_empty_set(self) -> None:
         """Append a set."""
-        self.append(set())
+        self.append(self._set([]))
 
     def load_additems(self) -> None:
         """Add several members to a set."""
@@ -193,7 +193,7 @@ class DataUnpickler(pickle._Unpickler):
     def _set(self, items: Any) -> set:
         if type(items) is not list:
             raise pickle.UnpicklingError('it asks for a set of something else than a list')
-        self.members_left -= len(items)
+        self.members_left -= 1 + len(items)
         if self.members_left < 0:
             raise pickle.UnpicklingError('it has more sets than any checkpoint')
         return {self._key(item) for item in items}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 MAX_AXES = 16
-MAX_PATH = 500  # characters
+MAX_PATH = 256  # characters
 DEVICES = ('cpu', 'cuda', 'meta', 'mps', 'xpu')
 DTYPE_NAMES = (
     'bool', 'uint8', 'int8', 'int16', 'int32', 'int64', 'float16', 'bfloat16', 'float32', 'float64', 'complex64',
