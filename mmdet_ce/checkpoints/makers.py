@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .values import DTYPES, MAX_AXES, VALUES
 
-MAX_NUMEL = 1 << 40  # torch cannot count many more; schema.py limits the bytes
+MAX_NUMEL = 1 << 40  # of an expanded tensor; torch's own count ends at 2**63, and schema.py counts the bytes
 BUILTINS = ('builtins', '__builtin__')  # by Python 3 and by Python 2
 TYPES = ('bool', 'dict', 'float', 'frozenset', 'int', 'list', 'set', 'str', 'tuple')
 FACTORIES = {*(f'{module}.{name}' for module in BUILTINS for name in TYPES), '__builtin__.long', '__builtin__.unicode'}

@@ -1,7 +1,7 @@
 """Read a pickle as data: closed lists of opcodes, of names, and of what can be made by a name.
 
 Python's and torch's unpicklers make objects: what a file names is called, and what that returns is changed as the file
-says. Here a name calls nothing but a function of ``makers.py``.
+says. Here a name calls nothing but a function of ``makers.py`` or ``values.py``.
 """
 
 from __future__ import annotations
@@ -212,9 +212,7 @@ class DataUnpickler(pickle._Unpickler):
             raise pickle.UnpicklingError(f'it has a key of an unknown kind, a {type(key).__name__}')
         for part in parts:
             if type(part) is int and not -MAX_KEY < part < MAX_KEY or part != part:  # Python 3.8 hashes every nan to 0
-                raise pickle.UnpicklingError(
-                    'it has a key of more digits than any checkpoint, or one that is no number'
-                )
+                raise pickle.UnpicklingError('it has a key of too many digits, or one that is no number')
         return key
 
     def load_binunicode(self) -> None:
