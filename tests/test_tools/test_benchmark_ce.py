@@ -9,6 +9,9 @@ import benchmark_ce
 import pytest
 import torch
 from benchmark import models, rivals, timing
+from conftest import ROOT
+from mmdet.registry import MODELS
+from mmengine.config import Config
 from utils import assert_agree, call, randomize
 
 from mmdet_ce import CEResNet, ChannelEquilibrium
@@ -63,6 +66,17 @@ def test_a_rival_takes_part_in_every_block_that_has_one(depth, rival, parameter)
         with torch.no_grad():
             network.get_parameter(name).add_(1)
         assert not torch.allclose(network(x)[-1], before), name
+
+
+@pytest.mark.parametrize('rival', ['gc', 'se'])
+def test_the_config_of_a_rival_differs_by_the_backbone(rival):
+    """Both train with tools/train.py, whose folder the import needs; tests have it on their path, too."""
+    cfg = Config.fromfile(ROOT / f'tools/benchmark/configs/mask-rcnn_r18-{rival}_fpn_8e_shapes.py')
+    ce = Config.fromfile(ROOT / 'configs/demo/mask-rcnn_r18-ce_fpn_8e_shapes.py')
+    assert type(MODELS.build(cfg.model).backbone) is rivals.RivalResNet
+    assert cfg.model.backbone.pop('rival') == rival
+    cfg.model.backbone.type, cfg.custom_imports = 'CEResNet', ce.custom_imports
+    assert cfg.to_dict() == ce.to_dict()
 
 
 @pytest.mark.slow
