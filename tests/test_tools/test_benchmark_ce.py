@@ -73,7 +73,7 @@ def test_the_config_of_a_rival_differs_by_the_backbone(rival):
     """Both train with tools/train.py, whose folder the import needs; tests have it on their path, too."""
     cfg = Config.fromfile(ROOT / f'tools/benchmark/configs/mask-rcnn_r18-{rival}_fpn_8e_shapes.py')
     ce = Config.fromfile(ROOT / 'configs/demo/mask-rcnn_r18-ce_fpn_8e_shapes.py')
-    assert type(MODELS.build(cfg.model).backbone) is rivals.RivalResNet
+    assert type(MODELS.build(copy.deepcopy(cfg.model)).backbone) is rivals.RivalResNet
     assert cfg.model.backbone.pop('rival') == rival
     cfg.model.backbone.type, cfg.custom_imports = 'CEResNet', ce.custom_imports
     assert cfg.to_dict() == ce.to_dict()
