@@ -21,6 +21,7 @@ from benchmark.models import OnnxRuntime, ReleasedForm, plain_and_ce, with_relea
 from benchmark.report import report
 from benchmark.rivals import rivals
 from benchmark.timing import measure
+from provenance import processor
 from torch import nn
 
 from mmdet_ce import CEResNet, ChannelEquilibrium, __version__
@@ -94,9 +95,7 @@ def hardware(device: torch.device) -> str:
     """Name the processor or GPU that the benchmark runs on."""
     if device.type == 'cuda':
         return torch.cuda.get_device_name(device)
-    cpuinfo = Path('/proc/cpuinfo')
-    names = [line.split(':')[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith('model name')]
-    return f'{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads'
+    return f'{processor()}, {torch.get_num_threads()} threads'
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import statistics
 import sys
 import warnings
 from collections.abc import Iterator
@@ -35,6 +36,12 @@ def flush_denormals() -> None:
 def console() -> Console:
     """Return the console that tables are printed to: as wide as the terminal, else 120 columns."""
     return Console(width=None if sys.stdout.isatty() else 120)
+
+
+def mean_and_spread(values: list[float], digits: int) -> str:
+    """Return the mean of values with so many digits, and where there are several their standard deviation."""
+    spread = f' ± {statistics.stdev(values):.{digits}f}' if len(values) > 1 else ''
+    return f'{statistics.mean(values):.{digits}f}{spread}'
 
 
 def exit_on_problems(problems: list[str]) -> None:

@@ -13,7 +13,7 @@ import statistics
 from pathlib import Path
 from typing import NamedTuple
 
-from command_line import console, exit_on_problems
+from command_line import console, exit_on_problems, mean_and_spread
 
 import torch
 from matplotlib.figure import Figure
@@ -64,8 +64,7 @@ def _cells(values: list[float]) -> tuple[str, str]:
     """Return mean and spread of values, and the values."""
     if not values:
         return '-', '-'
-    spread = f' ± {statistics.stdev(values):.3f}' if len(values) > 1 else ''
-    return f'{statistics.mean(values):.3f}{spread}', ' '.join(f'{value:.3f}' for value in values)
+    return mean_and_spread(values, 3), ' '.join(f'{value:.3f}' for value in values)
 
 
 def draw(results: dict[str, list[dict[str, float]]], metrics: list[str], path: Path) -> None:

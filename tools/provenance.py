@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import shlex
@@ -33,10 +34,15 @@ def hardware(log: Path) -> str:
     gpus = re.findall(r'^ +(GPU [\d,]+): (.+)$', log.read_text(errors='replace'), flags=re.M)
     if gpus:
         return ', '.join(f'{numbers}: {name}' for numbers, name in dict(gpus).items())
+    return f'CPU: {processor()}, {os.cpu_count()} cores'
+
+
+def processor() -> str:
+    """Name this machine's processor."""
     cpuinfo = Path('/proc/cpuinfo')
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     names = [line.split(':')[1].strip() for line in lines if line.startswith('model name')]
-    return f'CPU: {names[0] if names else platform.processor()}, {len(names)} cores'
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _git(*arguments: str) -> str:

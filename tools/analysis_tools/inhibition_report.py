@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from command_line import console
+from command_line import console, mean_and_spread
 
 import numpy as np
 from inhibition_training import Case
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
+from trainings import write_json
 
 from mmdet_ce.channel_analysis import RELATIVE_THRESHOLD
-from mmdet_ce.checkpoints import whole_file
 
 Results = dict  # of a Case, by a Case; see inhibition_training.train
 # one colour a network, told apart with any kind of colour vision (Okabe and Ito), then black and grey
@@ -47,18 +46,22 @@ def report(results: Results, environment: dict[str, Any], out_dir: Path) -> None
         table.add_row(network, f'{decay:g}', str(len(runs)), *percents, by_layer, dead, f'{step:.1f}')
     console().print(environment, table)
     console().print(f"inhibited: channels under {RELATIVE_THRESHOLD:.0%} of their layer's mean contribution")
-    with whole_file(out_dir / 'results.json') as file:
-        file.write(json.dumps(dict(environment=environment, rows=rows), indent=1).encode())
+    write_json(out_dir / 'results.json', dict(environment=environment, rows=rows))
     draw(groups, out_dir / 'inhibition.png')
     console().print(f'written: {out_dir / "results.json"}, {out_dir / "inhibition.png"}')
 
 
+def network_order(name: str) -> tuple[int, int]:
+    """Return a sort key of networks: plain first, then by kind and T."""
+    kind, _, steps = name.partition('-t')
+    return ('plain', 'ce', 'bd', 'ir').index(kind), int(steps or 0)
+
+
 def group(results: Results) -> dict[tuple[str, float], list[dict[str, Any]]]:
-    """Return the results of all seeds by network and weight decay: plain first, T and weight decay ascending."""
+    """Return the results of all seeds by network and weight decay, in the order of the table."""
 
     def order(case: Case) -> tuple:
-        kind, _, steps = case.network.partition('-t')
-        return case.weight_decay, ('plain', 'ce', 'bd', 'ir').index(kind), int(steps or 0), case.seed
+        return case.weight_decay, network_order(case.network), case.seed
 
     groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for case in sorted(results, key=order):
@@ -68,8 +71,7 @@ def group(results: Results) -> dict[tuple[str, float], list[dict[str, Any]]]:
 
 def spread(runs: list[dict[str, Any]], key: str) -> str:
     """Return the mean of a share in percent, with its standard deviation where there are several runs."""
-    values = [100 * run[key] for run in runs]
-    return f'{np.mean(values):.1f}' + (f' ± {np.std(values, ddof=1):.1f} %' if len(values) > 1 else ' %')
+    return f'{mean_and_spread([100 * run[key] for run in runs], 1)} %'
 
 
 def draw(groups: dict[tuple[str, float], list[dict[str, Any]]], path: Path) -> None:
@@ -80,8 +82,7 @@ def draw(groups: dict[tuple[str, float], list[dict[str, Any]]], path: Path) -> N
     groups = {key: runs for key, runs in groups.items() if not any(run['diverged'] for run in runs)}
     if not groups:
         return
-    networks = list(dict.fromkeys(name for decay in {key[1] for key in groups} for name, d in groups if d == decay))
-    networks.sort(key=lambda name: (name != 'plain', name.split('-')[0] != 'ce', name == 'ir', name.split('-')[0]))
+    networks = sorted({name for name, _ in groups}, key=network_order)
     colour = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(networks)}
     largest = max(decay for _, decay in groups)
     figure = Figure(figsize=(12, 8.5), layout='constrained')

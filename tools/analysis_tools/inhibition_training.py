@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import time
 from collections.abc import Iterator
@@ -133,6 +134,13 @@ def classes_of(settings: Settings) -> list[str]:
     return train
 
 
+@functools.lru_cache(maxsize=1)
+def images_of(settings: Settings) -> tuple[list[Images], int]:
+    """Return the training and the test images of a study, read once a process, and the number of classes."""
+    classes = classes_of(settings)
+    return [read_images(Path(root), settings.size, classes) for root in (settings.train, settings.test)], len(classes)
+
+
 def augmented_batches(images: Images, batch_size: int, generator: torch.Generator) -> Iterator[Images]:
     """Iterate over one epoch in random order, with random flips and crops. The images that fill no batch are left."""
     count, _, size, _ = images.pixels.shape
@@ -178,11 +186,10 @@ def train(case: Case, settings: Settings, num_measures: int = 16) -> dict[str, A
         The final measures; ``history``, the measures by epoch; ``seconds_per_step``, CPU time of training
         alone; and ``diverged``, whether the loss left the finite numbers, which ends the training.
     """
-    classes = classes_of(settings)
-    images, test = (read_images(Path(root), settings.size, classes) for root in (settings.train, settings.test))
+    (images, test), num_classes = images_of(settings)
     torch.manual_seed(case.seed)
     generator = torch.Generator().manual_seed(case.seed)
-    network = build_network(case.network, len(classes))
+    network = build_network(case.network, num_classes)
     parameters = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(
         parameters, settings.learning_rate, momentum=0.9, nesterov=True, weight_decay=case.weight_decay

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -26,9 +25,10 @@ from command_line import exit_on, flush_denormals
 import torch
 from inhibition_report import report
 from inhibition_training import Case, Settings, build_ce, classes_of, train
+from provenance import processor
+from trainings import write_json
 
 from mmdet_ce import __version__
-from mmdet_ce.checkpoints import whole_file
 
 NETWORKS = ['plain', 'ce-t3', 'ce-t5', 'ce-t8', 'ce-t12', 'bd-t3', 'bd-t8', 'ir']
 WEIGHT_DECAYS = [0.0, 5e-4, 2e-3]
@@ -44,8 +44,7 @@ def run(case: Case, settings: Settings, out_dir: Path) -> str:
     torch.set_num_threads(1)
     flush_denormals()
     result = train(case, settings)
-    with whole_file(result_file(case, out_dir)) as file:
-        file.write(json.dumps(dict(case=case._asdict(), settings=settings._asdict(), **result)).encode())
+    write_json(result_file(case, out_dir), dict(case=case._asdict(), settings=settings._asdict(), **result))
     return f'{", ".join(map(str, case))}: accuracy {result["accuracy"]:.3f}, inhibited {result["inhibited"]:.1%}'
 
 
@@ -121,7 +120,7 @@ def main() -> None:
         for index, line in enumerate(run_all(cases, settings, args.out_dir, args.jobs)):
             print(f'[{index + 1}/{len(cases)}] {line}', flush=True)
     environment = dict(
-        machine=platform.processor() or platform.machine(), torch=torch.__version__, mmdet_ce=__version__,
+        machine=processor(), torch=torch.__version__, mmdet_ce=__version__,
         **settings._asdict(),
     )  # fmt: skip
     report(finished(args.out_dir, settings), environment, args.out_dir)

@@ -63,12 +63,12 @@ def plan_table(jobs: list[Job], seconds: dict[str, float], images: int) -> Table
         table.add_column(column, justify='left' if column in ('row', 'state') else 'right', overflow='fold')
     total = 0.0
     for job in jobs:
-        done, state = _state(job.training)
-        length = iterations_per_epoch(job.training, images)
-        hours = (job.training.epochs - done) * length * seconds[job.name] / 3600
+        epochs, length = job.training.epochs, iterations_per_epoch(job.training, images)  # read from the config
+        left, state = _state(job.training, epochs)
+        hours = left * length * seconds[job.name] / 3600
         total += hours
         table.add_row(
-            job.name, str(job.seed), str(job.training.epochs), f'{job.training.epochs * length:,}',
+            job.name, str(job.seed), str(epochs), f'{epochs * length:,}',
             f'{seconds[job.name]:.3f}', _hours(hours), _hours(hours * max(gpus, 1)), state,
         )  # fmt: skip
     table.add_section()
@@ -76,14 +76,14 @@ def plan_table(jobs: list[Job], seconds: dict[str, float], images: int) -> Table
     return table
 
 
-def _state(training: Training) -> tuple[int, str]:
-    """Return the epochs that need not be trained, and how far a training is in words."""
-    done = training.epochs_done()
+def _state(training: Training, epochs: int) -> tuple[int, str]:
+    """Return the epochs that are left of so many, and how far a training is in words."""
     if training.is_done():
-        return training.epochs, 'done'
-    if done >= training.epochs:
-        return training.epochs, 'to test'
-    return done, f'continues at epoch {done + 1}' if done else 'to do'
+        return 0, 'done'
+    done = training.epochs_done()
+    if done >= epochs:
+        return 0, 'to test'
+    return epochs - done, f'continues at epoch {done + 1}' if done else 'to do'
 
 
 def _images_per_step(training: Training) -> int:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import statistics
 from pathlib import Path
 from typing import Any, Optional
+
+from command_line import mean_and_spread
 
 from rich.table import Table
 from scalars import seconds_per_iteration
@@ -67,8 +68,7 @@ def ap(results: Results, name: str) -> Optional[str]:
     for metric in METRICS.values():
         values = [100 * entry['metrics'][metric] for entry in entries if metric in entry['metrics']]
         if values:
-            spread = f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else ''
-            cells.append(f'{statistics.mean(values):.1f}{spread}')
+            cells.append(mean_and_spread(values, 1))
     return ' / '.join(cells)
 
 

@@ -15,7 +15,6 @@ After every kill all checkpoints are read, and what the next life loaded is held
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import statistics
@@ -32,9 +31,9 @@ from demo import CONFIG
 from mmengine.config import Config, DictAction
 from rich.table import Table
 from soak_training import STATE, Training, equal
+from trainings import write_json
 
 from mmdet_ce import __version__
-from mmdet_ce.checkpoints import whole_file
 
 FAILURES = ('resumed not as saved', 'damaged checkpoints', 'checkpoints lost')
 
@@ -122,8 +121,7 @@ def report(record: dict[str, Any], out_dir: Path) -> bool:
         table.add_row(key, f'{value:.3f}', f'{mean:.3f} ± {deviation:.3f}', ' '.join(f'{v:.3f}' for v in values))
     environment = dict(torch=torch.__version__, mmdet_ce=__version__, arguments=sys.argv[1:])
     record = dict(environment=environment, summary=summary, within_two_deviations=spread, **record)
-    with whole_file(out_dir / 'report.json') as file:
-        file.write(json.dumps(record, indent=1).encode())
+    write_json(out_dir / 'report.json', record)
     console().print(sums, table)
     console().print(f'repeatable training ends as the one left alone, bit for bit: {record["final_equal"]}')
     console().print(f'mAP within two standard deviations: {spread}; written: {out_dir / "report.json"}')
