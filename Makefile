@@ -12,7 +12,7 @@ PYTHON ?= $(or $(shell python$(PYTHON_VERSION) -c 'import sys; print(sys.executa
 
 # OpenMP's waiting threads spin briefly (tools/command_line.py), unless the user chose otherwise.
 ifndef OMP_WAIT_POLICY
-export GOMP_SPINCOUNT ?= 10000
+export GOMP_SPINCOUNT ?= 1000
 endif
 
 .PHONY: setup demo test test-common test-oldest test-kernels gpu lint pins clean

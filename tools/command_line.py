@@ -21,7 +21,7 @@ os.environ.setdefault('PYTHONWARNINGS', 'ignore:pkg_resources is deprecated:User
 # An OpenMP thread that waits for its next task spins, for milliseconds. Where other processes want the cores too, that
 # makes a step many times slower; spinning briefly costs nothing where they do not.
 if 'OMP_WAIT_POLICY' not in os.environ:
-    os.environ.setdefault('GOMP_SPINCOUNT', '10000')
+    os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 
 import torch  # noqa: E402
 from mmengine.config import Config  # noqa: E402

@@ -15,7 +15,7 @@ from conftest import ROOT
 
 @pytest.mark.parametrize(
     'given, spins',
-    [({}, '10000'), (dict(GOMP_SPINCOUNT='77'), '77'), (dict(OMP_WAIT_POLICY='PASSIVE'), '0')],
+    [({}, '1000'), (dict(GOMP_SPINCOUNT='77'), '77'), (dict(OMP_WAIT_POLICY='PASSIVE'), '0')],
 )
 def test_openmp_of_a_tool_spins_briefly_unless_the_user_chose(given, spins):
     """OpenMP itself prints what it read."""
