@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,6 +63,14 @@ def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
             value = 0.5 * noise
         tensor.data.copy_(value)
     return module
+
+
+def unset_statistics(forward: Callable[[], object]) -> list[str]:
+    """Return the warnings about statistics that no data ever updated, of all that a call warns of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        forward()
+    return [str(w.message) for w in caught if 'statistics that no data ever updated' in str(w.message)]
 
 
 def reference(ce: ChannelEquilibrium, x: torch.Tensor) -> ReferenceOutput:

@@ -1,41 +1,27 @@
-"""CEResNet against mmdet's ResNet, against the released network, and its training modes."""
+"""CEResNet against mmdet's ResNet and against the released network; its arguments."""
 
 from __future__ import annotations
 
 import copy
 import json
-import warnings
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from mmdet.models import ResNet
 from mmdet.registry import MODELS
-from mmengine.config import Config
-from mmengine.model import convert_sync_batchnorm, revert_sync_batchnorm
-from torch.nn.modules.batchnorm import _BatchNorm
 from utils import assert_agree, randomize
 
 from mmdet_ce import CEResNet, ChannelEquilibrium
 from mmdet_ce.backbones.ce_resnet import norm_ce
 from mmdet_ce.checkpoints.official import convert_official_state_dict
-from mmdet_ce.compat import FEATURES, TORCH
 
 TINY = dict(base_channels=16)
 OFF = [dict(ce_cfg=None), dict(stage_with_ce=(False,) * 4, stem_with_ce=False)]
-UNSET = 'statistics that no data ever updated'
 
 
 def ce_names(backbone):
     return [name for name, _ in backbone.named_ce()]
-
-
-def warnings_of(call):
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter('always')
-        call()
-    return [str(w.message) for w in caught if UNSET in str(w.message)]
 
 
 # ---- as the released network ----
@@ -165,125 +151,7 @@ def test_deep_stem_applies_ce_between_norm_and_relu():
     assert torch.equal(seen['ce'].relu(), seen['pooled'])
 
 
-# ---- training modes ----
-
-
-def modes(backbone):
-    return {name: ce.training for name, ce in backbone.named_ce()}
-
-
-def buffers(backbone):
-    return {f'{name}.{key}': value.clone() for name, ce in backbone.named_ce() for key, value in ce.named_buffers()}
-
-
-@pytest.mark.parametrize('norm_eval', [True, False])
-@pytest.mark.parametrize('ce_eval', [None, True, False])
-@pytest.mark.parametrize('frozen_stages', [-1, 0, 2])
-def test_ce_follows_norm_eval_and_frozen_stages(norm_eval, ce_eval, frozen_stages):
-    backbone = CEResNet(depth=18, norm_eval=norm_eval, ce_eval=ce_eval, frozen_stages=frozen_stages, **TINY).train()
-    before = buffers(backbone)
-    for _ in range(3):
-        sum(o.sum() for o in backbone(torch.randn(2, 3, 64, 64))).backward()
-    after = buffers(backbone)
-    trains = not (norm_eval if ce_eval is None else ce_eval)
-    for name, ce in backbone.named_ce():
-        stage = 0 if name == 'ce1' else int(name[5])
-        frozen = stage <= frozen_stages
-        assert ce.training is (trains and not frozen), name
-        assert all(p.requires_grad is not frozen for p in ce.parameters()), name
-        for key in (k for k in before if k.startswith(name + '.')):
-            assert torch.equal(before[key], after[key]) is not ce.training, key
-    norms = [m for m in backbone.layer4.modules() if isinstance(m, _BatchNorm)]
-    assert all(m.training is not norm_eval for m in norms)
-    assert not any(modes(backbone.eval()).values())
-
-
-@pytest.mark.parametrize('depth', [18, 50])
-@pytest.mark.parametrize('norm_eval', [True, False])
-def test_with_cp_gives_the_same_buffers_and_gradients(depth, norm_eval):
-    torch.manual_seed(2)
-    plain = CEResNet(depth=depth, norm_eval=norm_eval, ce_eval=False, **TINY)
-    other = CEResNet(depth=depth, norm_eval=norm_eval, ce_eval=False, with_cp=True, **TINY)
-    other.load_state_dict(plain.state_dict())
-    plain.train(), other.train()
-    for _ in range(5):
-        x = torch.randn(2, 3, 64, 64)
-        for model in (plain, other):
-            model.zero_grad()
-            sum(o.square().mean() for o in model(x)).backward()
-    for (name, a), b in zip(plain.named_parameters(), other.parameters()):
-        assert_agree(b.grad, a.grad, 1e-6, name)
-    for (key, value), copied in zip(plain.named_buffers(), other.buffers()):
-        assert torch.equal(value, copied), key
-
-
-# ---- statistics that no data ever updated ----
-
-
-def test_unset_statistics_are_reported_once_with_names():
-    backbone = CEResNet(depth=18, **TINY).eval()
-    x = torch.randn(1, 3, 32, 32)
-    first = warnings_of(lambda: backbone(x))
-    assert len(first) == 1
-    assert all(name in first[0] for name in ce_names(backbone))
-    assert 'norm_eval=False' in first[0] and 'init_cfg' in first[0]
-    assert not warnings_of(lambda: (backbone(x), backbone.train(), backbone.eval()(x)))
-
-
-def test_unset_statistics_of_frozen_stages_are_reported_in_training():
-    backbone = CEResNet(depth=18, frozen_stages=1, norm_eval=False, **TINY).train()
-    (message,) = warnings_of(lambda: backbone(torch.randn(2, 3, 64, 64)))
-    assert '3 CE layers' in message and 'ce1, layer1.0.ce, layer1.1.ce.' in message
-
-
-def test_statistics_that_data_updated_are_not_reported():
-    backbone = CEResNet(depth=18, norm_eval=False, **TINY).train()
-    assert not warnings_of(lambda: backbone(torch.randn(2, 3, 64, 64)))
-    assert not warnings_of(lambda: backbone.eval()(torch.randn(2, 3, 64, 64)))
-
-
-def test_fresh_backbone_in_eval_is_finite():
-    for arguments in (dict(), dict(frozen_stages=1)):
-        backbone = CEResNet(depth=50, **arguments).eval()
-        for out in backbone(torch.randn(1, 3, 32, 32)):
-            assert torch.isfinite(out).all()
-
-
-# ---- use in a training framework ----
-
-
-CHANGES = {
-    'deepcopy': copy.deepcopy,
-    'torch': torch.nn.SyncBatchNorm.convert_sync_batchnorm,
-    'mmengine': lambda m: convert_sync_batchnorm(m, 'torch'),
-    'there and back': lambda m: revert_sync_batchnorm(convert_sync_batchnorm(m, 'torch')),
-}
-
-
-@pytest.mark.parametrize('change', CHANGES.values(), ids=CHANGES.keys())
-@pytest.mark.parametrize('training', [True, False])
-def test_state_survives_deepcopy_and_sync_bn_conversion(change, training):
-    """What mmengine does for ``sync_bn``, and on one GPU to a config of SyncBN, leaves CE alone."""
-    backbone = randomize(CEResNet(depth=18, ce_eval=False, ce_cfg=dict(num_channels=16, sync=True), **TINY))
-    backbone.train(training)
-    other = change(copy.deepcopy(backbone)).train(training)
-    assert [(name, type(ce), ce.sync) for name, ce in other.named_ce()] == [
-        (name, ChannelEquilibrium, True) for name, _ in backbone.named_ce()
-    ]
-    x = torch.randn(2, 3, 32, 32)
-    for a, b in zip(backbone(x), other(x)):
-        assert_agree(b, a, 1e-5)
-    state = backbone.state_dict()
-    assert other.state_dict().keys() == state.keys()
-    assert all(torch.allclose(t, state[key], atol=1e-5) for key, t in other.state_dict().items())
-
-
-def test_autocast_trains_finite():
-    backbone = CEResNet(depth=18, norm_eval=False, **TINY).train()
-    with torch.autocast('cpu', dtype=torch.bfloat16):
-        outs = backbone(torch.randn(2, 3, 64, 64))
-    sum(o.float().square().mean() for o in outs).backward()
-    assert all(torch.isfinite(p.grad).all() for p in backbone.parameters())
+# ---- norms folded into CE, plugins ----
 
 
 @pytest.mark.parametrize('depth', [18, 50])
@@ -331,72 +199,6 @@ def test_ce_plugin_beside_the_slot():
 
 def test_positional_arguments_as_in_mmdet():
     assert CEResNet(18, 1, 16, 16, 4).conv1.weight.shape == (16, 1, 7, 7)
-
-
-# torch.compile as one graph, where torch can
-COMPILE = dict(fullgraph=TORCH >= FEATURES['torch.compile without a graph break'], backend='aot_eager')
-MEMORY_FORMATS = pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
-
-
-@MEMORY_FORMATS
-def test_compiles_in_evaluation(memory_format):
-    backbone = randomize(CEResNet(depth=18, **TINY)).eval().to(memory_format=memory_format)
-    x = torch.randn(1, 3, 32, 32).to(memory_format=memory_format)
-    with torch.no_grad():
-        outs = torch.compile(backbone, **COMPILE)(x)
-        for a, b in zip(outs, backbone(x)):
-            assert_agree(a, b, 1e-5)
-
-
-@MEMORY_FORMATS
-@pytest.mark.parametrize('norm_eval', [True, False])
-def test_compiles_in_training(norm_eval, memory_format):
-    backbone = CEResNet(depth=18, num_stages=1, strides=(1,), dilations=(1,), out_indices=(0,), norm_eval=norm_eval)
-    backbone = randomize(backbone).train().to(memory_format=memory_format)
-    other = copy.deepcopy(backbone)
-    x = torch.randn(2, 3, 32, 32).to(memory_format=memory_format)
-    (expected,), (out,) = backbone(x), torch.compile(other, **COMPILE)(x)
-    expected.square().mean().backward(), out.square().mean().backward()
-    assert_agree(out, expected, 1e-5)
-    for (name, a), b in zip(other.named_parameters(), backbone.parameters()):
-        assert_agree(a.grad, b.grad, 1e-4, name)
-    for (name, a), b in zip(other.named_buffers(), backbone.buffers()):
-        assert_agree(a, b, 1e-5, name)
-
-
-# ---- weights of a plain network ----
-
-
-@pytest.mark.parametrize('name', ['mask-rcnn_r50-ce-identity_fpn_1x_coco', 'retinanet_r50-ce-identity_fpn_1x_coco'])
-def test_identity_start_equals_the_plain_detector(name):
-    """The shipped configs, with the weights of mmdet's own detector: the same features and raw predictions."""
-    cfg = Config.fromfile(ROOT / 'configs' / 'ce' / f'{name}.py').model
-    plain_cfg = copy.deepcopy(cfg)
-    plain_cfg.backbone = dict(type='ResNet', depth=50, norm_cfg=dict(type='BN'), style='pytorch')
-    plain, model = randomize(MODELS.build(plain_cfg)).eval(), MODELS.build(cfg).eval()
-    result = model.load_state_dict(plain.state_dict(), strict=False)
-    assert not result.unexpected_keys and all('.ce' in key for key in result.missing_keys)
-    x = torch.randn(1, 3, 64, 96)
-    with torch.no_grad():
-        for a, b in zip(model.backbone(x), plain.backbone(x)):
-            assert_agree(a, b, 1e-5)
-        head = 'rpn_head' if name.startswith('mask') else 'bbox_head'
-        for a, b in zip(getattr(model, head)(model.extract_feat(x)), getattr(plain, head)(plain.extract_feat(x))):
-            for p, q in zip(a, b):
-                assert_agree(p, q, 1e-5)
-
-
-def test_identity_configs_freeze_no_untouched_ce():
-    for path in (ROOT / 'configs' / 'ce').glob('*ce-identity*.py'):
-        backbone = MODELS.build(Config.fromfile(path).model.backbone).train()
-        assert all(ce.training and all(p.requires_grad for p in ce.parameters()) for _, ce in backbone.named_ce())
-
-
-def test_an_identity_needs_no_statistics():
-    backbone = CEResNet(depth=18, ce_cfg=dict(num_channels=16, identity_start=True), **TINY).eval()
-    assert not warnings_of(lambda: backbone(torch.rand(1, 3, 32, 32)))
-    next(ce for _, ce in backbone.named_ce()).alpha.data.fill_(0.1)
-    assert len(warnings_of(lambda: backbone.eval()(torch.rand(1, 3, 32, 32)))) == 1
 
 
 # ---- bad input ----

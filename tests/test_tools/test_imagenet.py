@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT
 from make_shapes_dataset import make_dataset
 from mmengine.utils import digit_version
-from test_train_and_test import output, run
+from tool_runs import output, run
 from utils import call
 
 from mmdet_ce import CEResNet

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import re
 import socket
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
 import calibrate
-import compare_seeds
 import demo
 import framework_tool
-import mmdet
 import pytest
 import torch
 from conftest import ROOT
 from hostile import Calls
 from make_shapes_dataset import make_dataset
+from tool_runs import DEMO, MMDET_TOOLS, SMALL, output, run
 from utils import call
 
 from mmdet_ce.checkpoints import read_checkpoint
@@ -30,13 +26,6 @@ from mmdet_ce.checkpoints import read_checkpoint
 pytestmark = pytest.mark.slow
 one_worker = pytest.mark.xdist_group('trained')  # what a demo trained serves all of these
 run_train, run_test = (partial(framework_tool.run, f'{name}.py') for name in ('train', 'test'))
-
-DEMO = ROOT / 'configs' / 'demo' / 'mask-rcnn_r18-ce_fpn_8e_shapes.py'
-PLAIN = ROOT / 'configs' / 'demo' / 'mask-rcnn_r18_fpn_8e_shapes.py'
-MMDET_TOOLS = Path(mmdet.__file__).parent / '.mim' / 'tools'
-SMALL = ['train_dataloader.num_workers=0', 'train_dataloader.persistent_workers=False']
-for _split in ('val', 'test'):
-    SMALL += [f'{_split}_dataloader.num_workers=0', f'{_split}_dataloader.persistent_workers=False']
 
 
 # mmengine 0.10.7 selects a GPU in its launchers, with gloo too; on a machine without one there is none to select.
@@ -48,19 +37,6 @@ if not torch.cuda.is_available():
 names = lambda: [open(file).read().strip() for file in glob.glob('/proc/self/task/*/comm')]
 atexit.register(lambda: print('threads at exit:', *names(), flush=True))
 """
-
-
-def run(tool: Path | str, *arguments, options=(), cwd, **env: str) -> subprocess.CompletedProcess:
-    command = [tool] if str(tool).endswith('.sh') else [sys.executable, '-W', 'ignore', tool]
-    command = [*map(str, (*command, *arguments)), *(['--cfg-options', *options] if options else [])]
-    path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**os.environ, 'PATH': path, **env})
-
-
-def output(result: subprocess.CompletedProcess) -> str:
-    text = result.stdout + result.stderr
-    assert result.returncode == 0, text[-3000:]
-    return text
 
 
 @pytest.fixture(scope='module')
@@ -212,43 +188,6 @@ def test_a_full_disk_is_one_line_and_loses_nothing(trained, folder, tmp_path):
     assert 'File too large; make room there' in result.stderr.splitlines()[-1]
     assert (tmp_path / 'epoch_1.pth').read_bytes() == first
     assert not (tmp_path / 'epoch_2.pth').exists() and not [*tmp_path.glob('.*.tmp')]
-
-
-def test_compare_seeds(folder, capfd):
-    options = [*SMALL, 'train_cfg.max_epochs=1', 'train_cfg.val_interval=1', 'train_dataloader.batch_size=4']
-    options += ['default_hooks.logger.interval=1']
-    arguments = ['--run', 'plain', PLAIN, 'model.backbone.depth=18', '--seeds', 0, '--out-dir', 'comparison']
-    assert call(compare_seeds.main, *arguments, '--cfg-options', *options) is None
-    text = capfd.readouterr().out
-    assert 'plain, seed 0: ' in text and 'bbox_mAP' in text and 's/iteration' in text
-    results = json.loads((folder / 'comparison' / 'results.json').read_text())
-    assert list(results['runs']) == ['plain'] and len(results['runs']['plain']) == 1
-    assert results['seconds_per_iteration']['plain'][0] > 0
-    assert (folder / 'comparison' / 'comparison.png').stat().st_size > 5_000
-    assert (folder / 'comparison' / 'curves.png').stat().st_size > 5_000
-    seed = folder / 'comparison' / 'plain' / 'seed_0'
-    trained = (seed / 'epoch_1.pth').stat().st_mtime_ns
-
-    # Done, also as earlier versions wrote it, in another clone: not run again.
-    saved = json.loads((seed / 'comparison.json').read_text())
-    saved['identity']['command'][0] = '/another/clone/tools/train.py'
-    (seed / 'comparison.json').write_text(json.dumps({key: saved[key] for key in ('identity', 'metrics')}))
-    log = (seed / 'output.txt').read_text()
-    assert call(compare_seeds.main, *arguments, '--cfg-options', *options) is None
-    assert (seed / 'output.txt').read_text() == log
-
-    # Killed after the last checkpoint: it is tested.
-    (seed / 'comparison.json').write_text(json.dumps({**saved, 'metrics': {}}))
-    (scalars,) = seed.glob('*/vis_data/scalars.json')
-    scalars.write_text(''.join(line for line in scalars.read_text().splitlines(True) if 'coco/' not in line))
-    assert call(compare_seeds.main, *arguments, '--cfg-options', *options) is None
-    assert json.loads((seed / 'comparison.json').read_text())['metrics'] == saved['metrics']
-    assert (seed / 'epoch_1.pth').stat().st_mtime_ns == trained
-
-    # Another training: neither continued nor written over.
-    message = call(compare_seeds.main, *arguments, '--cfg-options', *options, 'optim_wrapper.optimizer.lr=1e-5')
-    assert re.fullmatch('error: comparison/plain/seed_0 holds a training of [^\n]+', message)
-    assert (seed / 'epoch_1.pth').stat().st_mtime_ns == trained
 
 
 def test_mmdets_own_tools_refuse_a_hostile_checkpoint(folder):

@@ -1,0 +1,41 @@
+"""CEResNet as one graph of torch.compile, where torch can."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from utils import assert_agree, randomize
+
+from mmdet_ce import CEResNet
+from mmdet_ce.compat import FEATURES, TORCH
+
+COMPILE = dict(fullgraph=TORCH >= FEATURES['torch.compile without a graph break'], backend='aot_eager')
+MEMORY_FORMATS = pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+
+
+@MEMORY_FORMATS
+def test_compiles_in_evaluation(memory_format):
+    backbone = randomize(CEResNet(depth=18, base_channels=16)).eval().to(memory_format=memory_format)
+    x = torch.randn(1, 3, 32, 32).to(memory_format=memory_format)
+    with torch.no_grad():
+        outs = torch.compile(backbone, **COMPILE)(x)
+        for a, b in zip(outs, backbone(x)):
+            assert_agree(a, b, 1e-5)
+
+
+@MEMORY_FORMATS
+@pytest.mark.parametrize('norm_eval', [True, False])
+def test_compiles_in_training(norm_eval, memory_format):
+    backbone = CEResNet(depth=18, num_stages=1, strides=(1,), dilations=(1,), out_indices=(0,), norm_eval=norm_eval)
+    backbone = randomize(backbone).train().to(memory_format=memory_format)
+    other = copy.deepcopy(backbone)
+    x = torch.randn(2, 3, 32, 32).to(memory_format=memory_format)
+    (expected,), (out,) = backbone(x), torch.compile(other, **COMPILE)(x)
+    expected.square().mean().backward(), out.square().mean().backward()
+    assert_agree(out, expected, 1e-5)
+    for (name, a), b in zip(other.named_parameters(), backbone.parameters()):
+        assert_agree(a.grad, b.grad, 1e-4, name)
+    for (name, a), b in zip(other.named_buffers(), backbone.buffers()):
+        assert_agree(a, b, 1e-5, name)

@@ -1,0 +1,133 @@
+"""CEResNet in training and evaluation: frozen stages, checkpointing, unset statistics, conversions, autocast."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from mmengine.model import convert_sync_batchnorm, revert_sync_batchnorm
+from torch.nn.modules.batchnorm import _BatchNorm
+from utils import assert_agree, randomize, unset_statistics
+
+from mmdet_ce import CEResNet, ChannelEquilibrium
+
+TINY = dict(base_channels=16)
+
+
+def modes(backbone):
+    return {name: ce.training for name, ce in backbone.named_ce()}
+
+
+def buffers(backbone):
+    return {f'{name}.{key}': value.clone() for name, ce in backbone.named_ce() for key, value in ce.named_buffers()}
+
+
+@pytest.mark.parametrize('norm_eval', [True, False])
+@pytest.mark.parametrize('ce_eval', [None, True, False])
+@pytest.mark.parametrize('frozen_stages', [-1, 0, 2])
+def test_ce_follows_norm_eval_and_frozen_stages(norm_eval, ce_eval, frozen_stages):
+    backbone = CEResNet(depth=18, norm_eval=norm_eval, ce_eval=ce_eval, frozen_stages=frozen_stages, **TINY).train()
+    before = buffers(backbone)
+    for _ in range(3):
+        sum(o.sum() for o in backbone(torch.randn(2, 3, 64, 64))).backward()
+    after = buffers(backbone)
+    trains = not (norm_eval if ce_eval is None else ce_eval)
+    for name, ce in backbone.named_ce():
+        stage = 0 if name == 'ce1' else int(name[5])
+        frozen = stage <= frozen_stages
+        assert ce.training is (trains and not frozen), name
+        assert all(p.requires_grad is not frozen for p in ce.parameters()), name
+        for key in (k for k in before if k.startswith(name + '.')):
+            assert torch.equal(before[key], after[key]) is not ce.training, key
+    norms = [m for m in backbone.layer4.modules() if isinstance(m, _BatchNorm)]
+    assert all(m.training is not norm_eval for m in norms)
+    assert not any(modes(backbone.eval()).values())
+
+
+@pytest.mark.parametrize('depth', [18, 50])
+@pytest.mark.parametrize('norm_eval', [True, False])
+def test_with_cp_gives_the_same_buffers_and_gradients(depth, norm_eval):
+    torch.manual_seed(2)
+    plain = CEResNet(depth=depth, norm_eval=norm_eval, ce_eval=False, **TINY)
+    other = CEResNet(depth=depth, norm_eval=norm_eval, ce_eval=False, with_cp=True, **TINY)
+    other.load_state_dict(plain.state_dict())
+    plain.train(), other.train()
+    for _ in range(5):
+        x = torch.randn(2, 3, 64, 64)
+        for model in (plain, other):
+            model.zero_grad()
+            sum(o.square().mean() for o in model(x)).backward()
+    for (name, a), b in zip(plain.named_parameters(), other.parameters()):
+        assert_agree(b.grad, a.grad, 1e-6, name)
+    for (key, value), copied in zip(plain.named_buffers(), other.buffers()):
+        assert torch.equal(value, copied), key
+
+
+# ---- statistics that no data ever updated ----
+
+
+def test_unset_statistics_are_reported_once_with_names():
+    backbone = CEResNet(depth=18, **TINY).eval()
+    x = torch.randn(1, 3, 32, 32)
+    first = unset_statistics(lambda: backbone(x))
+    assert len(first) == 1
+    assert all(name in first[0] for name in [name for name, _ in backbone.named_ce()])
+    assert 'norm_eval=False' in first[0] and 'init_cfg' in first[0]
+    assert not unset_statistics(lambda: (backbone(x), backbone.train(), backbone.eval()(x)))
+
+
+def test_unset_statistics_of_frozen_stages_are_reported_in_training():
+    backbone = CEResNet(depth=18, frozen_stages=1, norm_eval=False, **TINY).train()
+    (message,) = unset_statistics(lambda: backbone(torch.randn(2, 3, 64, 64)))
+    assert '3 CE layers' in message and 'ce1, layer1.0.ce, layer1.1.ce.' in message
+
+
+def test_statistics_that_data_updated_are_not_reported():
+    backbone = CEResNet(depth=18, norm_eval=False, **TINY).train()
+    assert not unset_statistics(lambda: backbone(torch.randn(2, 3, 64, 64)))
+    assert not unset_statistics(lambda: backbone.eval()(torch.randn(2, 3, 64, 64)))
+
+
+def test_fresh_backbone_in_eval_is_finite():
+    for arguments in (dict(), dict(frozen_stages=1)):
+        backbone = CEResNet(depth=50, **arguments).eval()
+        for out in backbone(torch.randn(1, 3, 32, 32)):
+            assert torch.isfinite(out).all()
+
+
+# ---- what frameworks do to a model ----
+
+
+CHANGES = {
+    'deepcopy': copy.deepcopy,
+    'torch': torch.nn.SyncBatchNorm.convert_sync_batchnorm,
+    'mmengine': lambda m: convert_sync_batchnorm(m, 'torch'),
+    'there and back': lambda m: revert_sync_batchnorm(convert_sync_batchnorm(m, 'torch')),
+}
+
+
+@pytest.mark.parametrize('change', CHANGES.values(), ids=CHANGES.keys())
+@pytest.mark.parametrize('training', [True, False])
+def test_state_survives_deepcopy_and_sync_bn_conversion(change, training):
+    """What mmengine does for ``sync_bn``, and on one GPU to a config of SyncBN, leaves CE alone."""
+    backbone = randomize(CEResNet(depth=18, ce_eval=False, ce_cfg=dict(num_channels=16, sync=True), **TINY))
+    backbone.train(training)
+    other = change(copy.deepcopy(backbone)).train(training)
+    assert [(name, type(ce), ce.sync) for name, ce in other.named_ce()] == [
+        (name, ChannelEquilibrium, True) for name, _ in backbone.named_ce()
+    ]
+    x = torch.randn(2, 3, 32, 32)
+    for a, b in zip(backbone(x), other(x)):
+        assert_agree(b, a, 1e-5)
+    state = backbone.state_dict()
+    assert other.state_dict().keys() == state.keys()
+    assert all(torch.allclose(t, state[key], atol=1e-5) for key, t in other.state_dict().items())
+
+
+def test_autocast_trains_finite():
+    backbone = CEResNet(depth=18, norm_eval=False, **TINY).train()
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        outs = backbone(torch.randn(2, 3, 64, 64))
+    sum(o.float().square().mean() for o in outs).backward()
+    assert all(torch.isfinite(p.grad).all() for p in backbone.parameters())
