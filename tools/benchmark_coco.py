@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from command_line import console, exit_on, exit_on_problems
+from command_line import console, exit_on, exit_on_problems, make_folder
 
 from coco.checks import annotation_file, config_problems, data_problems, machine_problems
 from coco.plan import Job, measure, plan_table
@@ -25,6 +25,7 @@ from trainings import Training, test, train
 
 from mmdet_ce.checkpoints import whole_file
 
+SUBSET = 'a subset of COCO'
 EPOCHS = {'1x': (12, [8, 11]), '2x': (24, [16, 22])}  # mmdet's schedules: epochs, and where the learning rate drops
 
 
@@ -53,7 +54,8 @@ def make_jobs(args: argparse.Namespace, launch: Launch) -> list[Job]:
 
     def job(name: str, seed: int) -> Job:
         folder = args.out_dir / name / f'seed_{seed}'
-        training = Training(str(configs[name]), folder, config_options(args, seed), launch)
+        data = SUBSET if args.subset else ''
+        training = Training(str(configs[name]), folder, config_options(args, seed), launch, data)
         return Job(name, seed, training, name not in args.rows)
 
     return [job(name, seed) for seed in args.seeds for name in configs]
@@ -63,7 +65,7 @@ def trial_reasons(args: argparse.Namespace, job: Job) -> list[str]:
     """Return why the AP of a job is not that of its row on COCO; nothing if it is."""
     own = Training(job.training.config, job.training.work_dir, []).epochs
     return [
-        *(['a subset of COCO'] if args.subset else []),
+        *([SUBSET] if args.subset else []),
         *([f'--schedule {args.schedule}'] if job.training.epochs != own and args.schedule else []),
         *(['--cfg-options'] if args.cfg_options else []),
     ]
@@ -72,11 +74,12 @@ def trial_reasons(args: argparse.Namespace, job: Job) -> list[str]:
 def check(args: argparse.Namespace, jobs: list[Job]) -> int:
     """Exit with a line for each problem, if there is one; return the number of training images with objects."""
     print('checking data and weights', flush=True)
-    configs = {job.name: job.training.read_config() for job in jobs}  # seeds do not matter here
-    problems = config_problems([*configs.values()])
+    trainings = {job.name: job.training for job in jobs}.values()  # one of each config: seeds do not matter here
+    exit_on_problems([problem for one in trainings if (problem := one.config_problem())])
+    problems = config_problems([one.read_config() for one in trainings])
     problems, images = data_problems(args.data_root, args.subset, problems)
     problems += machine_problems(jobs[0].training.launch)
-    problems += [problem for job in jobs if (problem := job.training.problem())]
+    problems += [problem for job in jobs if (problem := job.training.folder_problem())]
     exit_on_problems(problems)
     return images
 
@@ -84,6 +87,7 @@ def check(args: argparse.Namespace, jobs: list[Job]) -> int:
 def run(args: argparse.Namespace) -> None:
     """Check, measure, print the plan, and run it."""
     launch = Launch(args.launcher, args.gpus, args.partition)
+    make_folder(args.out_dir)
     jobs = make_jobs(args, launch)
     path = args.out_dir / 'results.json'
     with exit_on(ValueError):
@@ -92,7 +96,8 @@ def run(args: argparse.Namespace) -> None:
     seconds = {}
     for job in jobs:
         if job.name not in seconds:
-            seconds[job.name] = measure(job, args.out_dir / job.name / 'measured')
+            with exit_on(ValueError):
+                seconds[job.name] = measure(job, args.out_dir / job.name / 'measured')
     console().print(plan_table(jobs, seconds, images))
     if args.dry_run:
         return

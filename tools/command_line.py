@@ -50,6 +50,14 @@ def exit_on_problems(problems: list[str]) -> None:
         sys.exit('\n'.join(f'error: {problem}' for problem in problems))
 
 
+def make_folder(path: Path) -> None:
+    """Make the folder that a tool writes to, unless it is there; exit with one line if that fails."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f'error: the output folder {path} cannot be made ({error.strerror}); name another with --out-dir')
+
+
 @contextlib.contextmanager
 def exit_on(*errors: type[Exception]) -> Iterator[None]:
     """Exit with the message of these errors alone, if one is raised in the block: they are for the user."""

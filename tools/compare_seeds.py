@@ -13,7 +13,7 @@ import statistics
 from pathlib import Path
 from typing import NamedTuple
 
-from command_line import console, exit_on_problems, mean_and_spread
+from command_line import console, exit_on_problems, make_folder, mean_and_spread
 
 import torch
 from matplotlib.figure import Figure
@@ -101,6 +101,7 @@ def main() -> None:
     for run in args.run:
         if len(run) < 2 or not Path(run[1]).is_file():
             parser.error(f'--run needs a name and a config file, got {" ".join(run)!r}')
+    args.seeds = list(dict.fromkeys(args.seeds))
     runs = [Run(name, config, options) for name, config, *options in args.run]
     if len({run.name for run in runs}) < len(runs):
         parser.error('each --run needs a name of its own')
@@ -110,8 +111,10 @@ def main() -> None:
         return Training(run.config, args.out_dir / run.name / f'seed_{seed}', options)
 
     trainings = [(run.name, seed, training(run, seed)) for seed in args.seeds for run in runs]
-    # Reads the configs, too: one that cannot be read ends it here, not after hours of training.
-    exit_on_problems(list(filter(None, (one.problem() for _, _, one in trainings))))
+    # All configs now, with the first seed: one that cannot be read would end it after hours of training.
+    exit_on_problems([problem for _, _, one in trainings[: len(runs)] if (problem := one.config_problem())])
+    make_folder(args.out_dir)
+    exit_on_problems([problem for _, _, one in trainings if (problem := one.folder_problem())])
 
     results = {run.name: [] for run in runs}
     for name, seed, one in trainings:

@@ -31,7 +31,8 @@ def provenance() -> dict[str, Any]:
 
 def hardware(log: Path) -> str:
     """Name the GPUs that mmengine wrote into a training's log, else this machine's processor."""
-    gpus = re.findall(r'^ +(GPU [\d,]+): (.+)$', log.read_text(errors='replace'), flags=re.M)
+    text = log.read_text(errors='replace') if log.is_file() else ''
+    gpus = re.findall(r'^ +(GPU [\d,]+): (.+)$', text, flags=re.M)
     if gpus:
         return ', '.join(f'{numbers}: {name}' for numbers, name in dict(gpus).items())
     return f'CPU: {processor()}, {os.cpu_count()} cores'

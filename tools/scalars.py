@@ -30,7 +30,7 @@ def seconds_per_iteration(work_dir: Path) -> Optional[float]:
     The first epoch warms up, and is left out. Of a training of one epoch the first quarter of its records is.
     """
     records = training_records(work_dir)
-    times = [record['time'] for record in records if record['epoch'] > 1]
+    times = [record['time'] for record in records if record.get('epoch', 1) > 1]
     times = times or [record['time'] for record in records[len(records) // 4 :]]
     return statistics.median(times) if times else None
 

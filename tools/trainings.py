@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
@@ -34,12 +35,14 @@ class Training(NamedTuple):
         work_dir: The folder.
         options: KEY=VALUE of the config, the seed among them.
         launch: How it is started.
+        data: What its data is, where that is not what the config says, like 'a subset of COCO'.
     """
 
     config: str
     work_dir: Path
     options: list[str]
     launch: Launch = Launch()
+    data: str = ''
 
     @property
     def log(self) -> Path:
@@ -66,7 +69,8 @@ class Training(NamedTuple):
         """Return what decides the result: two trainings with the same identity are one."""
         command = self.launch.train(self.config, self.work_dir, self.options)
         start = next(i for i, word in enumerate(command) if word.startswith(str(TOOLS)))  # after the interpreter
-        return dict(command=command[start:], config=read_config(self.config).pretty_text, version=__version__)
+        identity = dict(command=command[start:], config=read_config(self.config).pretty_text, version=__version__)
+        return {**identity, 'data': self.data} if self.data else identity
 
     def record(self) -> dict[str, Any]:
         """Return what the folder says of this training; {} if it was not started there."""
@@ -79,30 +83,43 @@ class Training(NamedTuple):
 
     def epochs_done(self) -> int:
         """Return the epochs that need not be run: those before its newest checkpoint."""
-        done = [int(path.stem[len('epoch_') :]) for path in self.work_dir.glob('epoch_*.pth')] if self.record() else []
-        return max(done, default=0)
+        names = [path.name for path in self.work_dir.glob('*.pth')] if self.record() else []
+        matches = [re.fullmatch(r'epoch_(\d+)\.pth', name) for name in names]
+        return max((int(match[1]) for match in matches if match), default=0)
 
-    def problem(self) -> Optional[str]:
+    def config_problem(self) -> Optional[str]:
+        """Say what is wrong with the config and its options, if something is."""
+        try:
+            epochs = self.read_config().get('train_cfg', {}).get('max_epochs')
+        except Exception as error:  # a config is a program
+            what = f'{self.config} with the options {" ".join(self.options)}'
+            return f'{what} cannot be read ({type(error).__name__}: {error}); expected a config, and KEY=VALUE'
+        return None if epochs else f'{self.config} has no train_cfg.max_epochs; expected a training by epochs'
+
+    def folder_problem(self) -> Optional[str]:
         """Say that the folder holds another training, if it does: neither is it continued nor written over."""
         if self.record() or not (self._saved() or any(self.work_dir.glob('*.pth'))):
             return None
         return (
-            f'{self.work_dir} holds a training of another config, other options or another version, or one that does '
-            'not say which; move it away, or name another --out-dir'
+            f'{self.work_dir} holds a training of another config, other options, other data or another version, or one '
+            'that does not say which; move it away, or name another --out-dir'
         )
 
     def _saved(self) -> dict[str, Any]:
+        """Return the record in the folder; {} if there is none that ``train`` wrote."""
         try:
-            return json.loads((self.work_dir / RECORD).read_text())
-        except (FileNotFoundError, ValueError):
+            saved = json.loads((self.work_dir / RECORD).read_text())
+            Path(saved['identity']['command'][0])
+        except (OSError, ValueError, LookupError, TypeError):
             return {}
+        return saved
 
 
 def train(training: Training, measure: Callable[[Training], dict[str, float]]) -> dict[str, Any]:
     """Train unless that is done; continue after the newest checkpoint if it was begun.
 
     Args:
-        training: What to train. Its ``problem`` was looked at.
+        training: What to train. Its problems were looked at.
         measure: Called when it is trained; returns its metrics.
 
     Returns:
@@ -112,10 +129,10 @@ def train(training: Training, measure: Callable[[Training], dict[str, float]]) -
     if record.get('metrics'):
         return record
     starts = [*record.get('starts', []), provenance()]
+    if not record:
+        training.log.unlink(missing_ok=True)
     record = dict(identity=training.identity(), metrics={}, starts=starts)
     done = training.epochs_done()
-    if len(starts) == 1:
-        training.log.unlink(missing_ok=True)
     write_json(training.work_dir / RECORD, record)
     if done < training.epochs:
         command = training.launch.train(training.config, training.work_dir, training.options)

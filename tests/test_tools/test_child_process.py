@@ -6,10 +6,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import child_process
 import pytest
+from utils import is_running, wait_until
 
 # stands for a training: two workers that ignore every signal they can, and would outlive it
 TRAINING = """
@@ -28,21 +28,6 @@ import child_process
 child_process.SECONDS_TO_END = 0.2
 child_process.run_logged([sys.executable, '-c', sys.argv[1]], Path(sys.argv[2]))
 """
-
-
-def is_running(pid: int) -> bool:
-    try:
-        with open(f'/proc/{pid}/stat') as file:
-            return file.read().rpartition(')')[2].split()[0] != 'Z'
-    except FileNotFoundError:
-        return False
-
-
-def wait_until(condition, seconds: float = 20) -> bool:
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.02)
-    return condition()
 
 
 @pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='reads the state of processes from /proc')

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from functools import partial
 
 import cv2
@@ -12,7 +16,7 @@ import pytest
 import study_inhibition
 import torch
 from inhibition_training import Case, Images, Settings, build_network
-from utils import call
+from utils import call, is_running, wait_until
 
 from mmdet_ce.ops.reference import channel_equilibrium_reference
 
@@ -85,6 +89,16 @@ def test_a_training_that_diverges_ends_and_says_so(folders):
     assert result['diverged'] and len(result['history']) == 1
 
 
+def test_weights_that_the_last_step_broke_are_no_result(folders):
+    broken = settings(folders, batch_size=24, epochs=1, learning_rate=1e30)
+    assert inhibition_training.train(Case('plain', 1e10, 0), broken)['diverged']
+
+
+def test_a_batch_needs_its_images(folders):
+    with pytest.raises(ValueError, match='has 24 images; expected a batch of 25 at least'):
+        inhibition_training.train(Case('plain', 0.0, 0), settings(folders, batch_size=25))
+
+
 def test_measure_finds_an_inhibited_channel(folders):
     network = build_network('plain', 2)
     images = inhibition_training.read_images(folders[1], 16, ['bright', 'dark'])
@@ -116,6 +130,35 @@ def test_the_study_continues_and_reports_all_that_is_there(folders, tmp_path, ca
     assert cv2.imread(str(tmp_path / 'inhibition.png')).std() > 10
     message = call(study_inhibition.main, *folders, *OPTIONS, '--size', 8, '--out-dir', tmp_path)
     assert 'name another --out-dir' in message
+    for content in ('{"ca', '[]', '{"a": 1}', '{"case": {}, "settings": {}}'):
+        first.write_text(content)
+        assert study('plain').startswith(f'error: {first} is no result of this tool')
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='reads the state of processes from /proc')
+def test_workers_end_with_the_study(folders, tmp_path):
+    """However it ends: they neither train on nor wait for ever."""
+    arguments = [*folders, '--batch-size', 8, '--epochs', 10**6, '--jobs', 2, '--out-dir', tmp_path]
+    command = [sys.executable, '-W', 'ignore', study_inhibition.__file__, *arguments]
+    with subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL) as study:
+
+        def workers() -> list[int]:
+            lines = subprocess.run(
+                ['ps', '-ww', '-o', 'pid=,args=', '--ppid', str(study.pid)], capture_output=True, text=True
+            )
+            return [int(line.split()[0]) for line in lines.stdout.splitlines() if 'spawn_main' in line]
+
+        try:
+            assert wait_until(lambda: len(workers()) == 2, 60)
+            started = workers()
+        finally:
+            study.kill()
+    try:
+        assert wait_until(lambda: not any(map(is_running, started)), 60)
+    finally:
+        for pid in filter(is_running, started):
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_bad_input_is_one_line(folders, tmp_path, capsys):

@@ -13,6 +13,8 @@ from command_line import console
 from channel_summary import GROUPS, Models, bottom_line
 from rich.table import Table
 
+from mmdet_ce.checkpoints import whole_file
+
 
 def print_table(summary: list[dict[str, Any]], args: argparse.Namespace) -> None:
     """Print the summary, a row for each model and group of layers."""
@@ -47,7 +49,8 @@ def write_files(models: Models, summary: list[dict[str, Any]], args: argparse.Na
         row['gamma'] = None if layer.gamma is None else layer.gamma.tolist()
     thresholds = dict(relative=args.relative_threshold, absolute=args.absolute_threshold)
     record = dict(models=args.model, num_images=args.num_images, thresholds=thresholds, summary=summary, layers=rows)
-    (args.out_dir / 'channels.json').write_text(json.dumps(record))
+    with whole_file(args.out_dir / 'channels.json') as file:
+        file.write(json.dumps(record).encode())
 
 
 def write_csv(rows: list[dict[str, Any]], path: Path) -> None:

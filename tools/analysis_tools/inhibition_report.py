@@ -23,8 +23,13 @@ COLOURS = ['#000000', '#e69f00', '#56b4e9', '#009e73', '#0072b2', '#d55e00', '#c
 MARKERS = 'osD^vP'
 
 
-def report(results: Results, environment: dict[str, Any], out_dir: Path) -> None:
+def report(results: Results, settings: dict[str, Any], out_dir: Path) -> None:
     """Print the table; write results.json and inhibition.png."""
+    machines = []  # that the trainings ran on, with the versions there
+    for result in results.values():
+        if result['environment'] not in machines:
+            machines.append(result['environment'])
+    environment = dict(machines=machines, **settings)
     groups = group(results)
     table = Table(title='mean ± standard deviation of the seeds')
     for name in ('network', 'weight decay', 'seeds', 'accuracy', 'inhibited', 'by layer', 'dead gammas', 'ms a step'):

@@ -182,11 +182,19 @@ def measure(network: nn.Sequential, images: Images) -> dict[str, Any]:
 def train(case: Case, settings: Settings, num_measures: int = 16) -> dict[str, Any]:
     """Train one network: SGD with Nesterov momentum 0.9, cosine learning rate, weight decay on all that learns.
 
+    Raises:
+        ValueError: If there are fewer images than a batch has.
+
     Returns:
         The final measures; ``history``, the measures by epoch; ``seconds_per_step``, CPU time of training
-        alone; and ``diverged``, whether the loss left the finite numbers, which ends the training.
+        alone; and ``diverged``, whether loss or weights left the finite numbers, which ends the training.
     """
     (images, test), num_classes = images_of(settings)
+    if len(images.labels) < settings.batch_size:
+        raise ValueError(
+            f'{settings.train} has {len(images.labels)} images; expected a batch of {settings.batch_size} at least, or '
+            'set a smaller --batch-size'
+        )
     torch.manual_seed(case.seed)
     generator = torch.Generator().manual_seed(case.seed)
     network = build_network(case.network, num_classes)
@@ -200,7 +208,8 @@ def train(case: Case, settings: Settings, num_measures: int = 16) -> dict[str, A
     for epoch in range(1, settings.epochs + 1):
         start = time.process_time()
         batches = augmented_batches(images, settings.batch_size, generator)
-        diverged = not all(step(network, batch, optimizer, schedule) for batch in batches)
+        finite = all(step(network, batch, optimizer, schedule) for batch in batches)
+        diverged = not (finite and all(p.isfinite().all() for p in parameters))
         seconds += time.process_time() - start
         if epoch % max(1, settings.epochs // num_measures) == 0 or epoch == settings.epochs or diverged:
             history.append(dict(epoch=epoch, **measure(network, test)))

@@ -13,14 +13,15 @@ import argparse
 import json
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from command_line import exit_on, flush_denormals
+from command_line import exit_on, flush_denormals, make_folder
 
 import torch
 from inhibition_report import report
@@ -43,9 +44,20 @@ def run(case: Case, settings: Settings, out_dir: Path) -> str:
     """Train one case in a process of its own, on one thread; write its result; return a line about it."""
     torch.set_num_threads(1)
     flush_denormals()
-    result = train(case, settings)
-    write_json(result_file(case, out_dir), dict(case=case._asdict(), settings=settings._asdict(), **result))
+    environment = dict(machine=processor(), torch=torch.__version__, mmdet_ce=__version__)
+    result = dict(case=case._asdict(), settings=settings._asdict(), environment=environment, **train(case, settings))
+    write_json(result_file(case, out_dir), result)
     return f'{", ".join(map(str, case))}: accuracy {result["accuracy"]:.3f}, inhibited {result["inhibited"]:.1%}'
+
+
+def end_with_parent() -> None:
+    """End this worker when the process that started it ends, however it does: else it would train on, and stay."""
+
+    def wait() -> None:
+        connection.wait([parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def run_all(cases: list[Case], settings: Settings, out_dir: Path, jobs: int) -> Iterator[str]:
@@ -53,7 +65,7 @@ def run_all(cases: list[Case], settings: Settings, out_dir: Path, jobs: int) -> 
     if jobs == 1:
         yield from (run(case, settings, out_dir) for case in cases)
         return
-    with ProcessPoolExecutor(jobs, mp_context=get_context('spawn')) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=get_context('spawn'), initializer=end_with_parent) as pool:
         for training in as_completed([pool.submit(run, case, settings, out_dir) for case in cases]):
             yield training.result()
 
@@ -62,16 +74,22 @@ def finished(out_dir: Path, settings: Settings) -> dict[Case, dict[str, Any]]:
     """Return the results that the folder holds.
 
     Raises:
-        ValueError: If one of them was made with other settings.
+        ValueError: If one of them was made with other settings, or is damaged.
     """
     results = {}
     for path in sorted(out_dir.glob('*_wd*_seed*.json')):
-        result = json.loads(path.read_text())
-        if Settings(**result['settings']) != settings:
+        try:
+            result = json.loads(path.read_text())
+            case, others = Case(**result['case']), Settings(**result['settings'])
+            (result['environment'], result['history'], result['accuracy'])
+        except (ValueError, LookupError, TypeError) as error:
             raise ValueError(
-                f'{path} was trained with {result["settings"]}, not with {settings._asdict()}; name another --out-dir'
-            )
-        results[Case(**result['case'])] = result
+                f'{path} is no result of this tool ({type(error).__name__}: {error}); remove it, or name another '
+                '--out-dir'
+            ) from None
+        if others != settings:
+            raise ValueError(f'{path} was trained with {others}, not with {settings}; name another --out-dir')
+        results[case] = result
     return results
 
 
@@ -93,6 +111,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument('--jobs', type=int, default=os.cpu_count(), help='trainings at a time (default: the cores)')
     parser.add_argument('--out-dir', type=Path, default=Path('work_dirs/inhibition'), help='(default: %(default)s)')
     args = parser.parse_args()
+    args.seeds = list(dict.fromkeys(args.seeds))
     for name in ('seeds', 'weight_decays', 'epochs', 'batch_size', 'size', 'jobs', 'learning_rate'):
         values = getattr(args, name)
         lowest = 0 if name in ('seeds', 'weight_decays') else 1e-9
@@ -112,18 +131,15 @@ def main() -> None:
         for network in args.networks:
             build_ce(network, 16)
         done = finished(args.out_dir, settings)
-    args.out_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(args.out_dir)
     # Seeds outermost: a study that is ended early has every network.
     cases = [Case(name, decay, seed) for seed in args.seeds for decay in args.weight_decays for name in args.networks]
     cases = [case for case in cases if case not in done]
     with exit_on(ValueError):
         for index, line in enumerate(run_all(cases, settings, args.out_dir, args.jobs)):
             print(f'[{index + 1}/{len(cases)}] {line}', flush=True)
-    environment = dict(
-        machine=processor(), torch=torch.__version__, mmdet_ce=__version__,
-        **settings._asdict(),
-    )  # fmt: skip
-    report(finished(args.out_dir, settings), environment, args.out_dir)
+        results = finished(args.out_dir, settings)
+    report(results, settings._asdict(), args.out_dir)
 
 
 if __name__ == '__main__':

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from command_line import console
 
 from benchmark.chart import draw
 from rich.table import Table
+from trainings import write_json
 
 
 def report(rows: list[dict[str, Any]], out_dir: Path, environment: dict[str, Any]) -> None:
@@ -27,8 +27,7 @@ def report(rows: list[dict[str, Any]], out_dir: Path, environment: dict[str, Any
     if blocks:
         summary['block_speedup_geometric_mean'] = 1 / statistics.geometric_mean(blocks)
         console().print(f'block: {summary["block_speedup_geometric_mean"]:.2f} times as fast as the released form')
-    out_dir.mkdir(parents=True, exist_ok=True)
-    (out_dir / 'results.json').write_text(json.dumps(dict(environment=environment, **summary, rows=rows), indent=1))
+    write_json(out_dir / 'results.json', dict(environment=environment, **summary, rows=rows))
     draw(comparisons, out_dir / 'benchmark.png', environment)
     console().print(f'written: {out_dir / "results.json"}, {out_dir / "benchmark.png"}')
 

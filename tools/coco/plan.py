@@ -30,7 +30,11 @@ class Job(NamedTuple):
 
 
 def measure(job: Job, folder: Path) -> float:
-    """Return the seconds an iteration of a job takes: the median of a training of 20, through the same launcher."""
+    """Return the seconds an iteration of a job takes: the median of a training of 20, through the same launcher.
+
+    Raises:
+        ValueError: If it logged none.
+    """
     training = job.training
     images = ITERATIONS * _images_per_step(training)
     options = [
@@ -91,7 +95,13 @@ def _images_per_step(training: Training) -> int:
 
 
 def _seconds(training: Training) -> dict[str, float]:
-    return {'seconds_per_iteration': seconds_per_iteration(training.work_dir)}
+    seconds = seconds_per_iteration(training.work_dir)
+    if seconds is None:
+        raise ValueError(
+            f'{training.config} logged no time of an iteration in {training.work_dir}; it has to keep LoggerHook and '
+            'LocalVisBackend'
+        )
+    return {'seconds_per_iteration': seconds}
 
 
 def _hours(hours: float) -> str:

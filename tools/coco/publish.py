@@ -21,7 +21,7 @@ TASKS = {'box': 'Object Detection', 'mask': 'Instance Segmentation'}
 
 
 def publish(results: Results, into: Optional[Path] = None) -> list[Path]:
-    """Write the three documents, all of them or none.
+    """Write the three documents, all of which are composed before one is written.
 
     Args:
         results: What ``read_results`` returned. A row that is not in it is written as not run.

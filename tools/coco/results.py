@@ -16,6 +16,7 @@ from .plan import Job
 from .rows import plain_name
 
 METRICS = {'box': 'coco/bbox_mAP', 'mask': 'coco/segm_mAP'}
+STARTED = ('commit', 'uncommitted_changes', 'versions', 'command', 'date')  # as ``provenance`` returns them
 Results = Any  # {name: {seed: {'metrics': {...}, 'trial': [...], ...}}}, as JSON holds it
 
 
@@ -31,7 +32,8 @@ def read_results(path: Path) -> Results:
         results = json.loads(path.read_text())['results']
         for entries in results.values():
             for entry in entries.values():
-                (entry['trial'], entry['metrics'][METRICS['box']], entry['hardware'], entry['starts'][-1]['commit'])
+                (entry['trial'], entry['metrics'].items, entry['hardware'], entry['starts'][-1])
+                [start[key] for start in entry['starts'] for key in STARTED]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f'{path} holds no results of this tool ({type(error).__name__}: {error})') from None
     return results
@@ -62,14 +64,12 @@ def add_result(path: Path, job: Job, record: dict[str, Any], trial: list[str]) -
 def ap(results: Results, name: str) -> Optional[str]:
     """Return 'box / mask' AP of a config in percent, the mean and spread of its seeds; None if it has no result."""
     entries = list(results.get(name, {}).values())
-    if not entries:
-        return None
     cells = []
     for metric in METRICS.values():
         values = [100 * entry['metrics'][metric] for entry in entries if metric in entry['metrics']]
-        if values:
-            cells.append(mean_and_spread(values, 1))
-    return ' / '.join(cells)
+        cells.append(mean_and_spread(values, 1) if values else '-')
+    box, mask = cells
+    return (box if mask == '-' else f'{box} / {mask}') if entries else None
 
 
 def ap_beside_plain(results: Results, row: str) -> str:
