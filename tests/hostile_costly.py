@@ -49,6 +49,9 @@ def costly() -> dict[str, bytes]:
         out.comment = b'changed'  # so that the list is written again
     head = b''.join(opcodes([part]) for part in (0x1950A86A20F9469CFC6C, 1001, {}))
     storages = b''.join(map(storage, range(60_000)))
+    nested = b''.join(b'q%ch%c\x86' % (i, i) for i in range(60))  # a tuple that holds the one before twice
+    one_storage = b'(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\0' + b'0X\3\0\0\0cpuK\1tQ'
+    one_tensor = b'ctorch._utils\n_rebuild_tensor_v2\nq\0(' + one_storage + b'K\0(K\1t(K\1t\x89}tq\1'
     return {
         'one text encoded many times': saved([Calls(codecs.encode, text, 'latin1') for _ in range(10_000)]),
         'one list made a dict many times': saved([Calls(OrderedDict, pairs) for _ in range(10_000)]),
@@ -71,5 +74,12 @@ def costly() -> dict[str, bytes]:
         'many sets': archive(opcodes(b'](' + b'\x8f' * 300_000 + b'e')),
         'many dicts': archive(b'\x80\x02](' + b'}' * 900_000 + b'e.'),
         'a large directory': directory.getvalue(),
+        'keys of storages that take long to hash': (
+            head + b'\x80\x02](' + storage(0) + b'e.\x80\x02]K\1' + nested + b'a.'
+        ),
+        'an array whose shape is a large tensor': saved(
+            Calls(_reconstruct, np.ndarray, (torch.zeros(1).expand(1 << 38),), b'b')
+        ),
+        'one tensor many times': archive(b'\x80\x02](' + one_tensor + b'h\0h\1R' * 150_000 + b'e.', bytes(4)),
         'many storages before torch 1.6': head + b'\x80\x02](' + storages + b'e.' + opcodes([[]]),
     }

@@ -60,7 +60,8 @@ def main() -> None:
     if 'backbone' not in cfg.model:
         sys.exit(f'error: the model of {args.config} has no backbone to calibrate')
     cfg.model.backbone.init_cfg = None  # the checkpoint brings the weights
-    exit_on_problems(find_problems(cfg, 'train', str(args.checkpoint)))
+    cfg.load_from = str(args.checkpoint)  # where the check of the inputs looks for weights, also without a training
+    exit_on_problems(find_problems(cfg, 'train'))
     flush_denormals()
     init_default_scope(cfg.get('default_scope', 'mmdet'))
     set_random_seed(args.seed)

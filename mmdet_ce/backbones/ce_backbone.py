@@ -121,8 +121,10 @@ def norms_at_rest(block: nn.Module) -> Iterator[None]:
     (CE sees by itself that it is recomputed, since it may stand in a block of mmdet's.)
     """
     norms = [(m, m.momentum, m.num_batches_tracked) for m in block.modules() if isinstance(m, _BatchNorm)]
-    for norm, *_ in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
+    for norm, _, count in norms:
+        norm.momentum = 0.0
+        if count is not None:  # counted in a copy: SyncBatchNorm needs one
+            norm.num_batches_tracked = count.clone()
     try:
         yield
     finally:

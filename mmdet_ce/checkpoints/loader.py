@@ -48,8 +48,8 @@ def load_from_local(filename: str, map_location: Any = None) -> dict:
         more = f' and {len(notes) - 3} more parts' if len(notes) > 3 else ''
         line = f'{printable(path)}: left out {", ".join(notes[:3])}{more}'
         print_log(line, logger='current', level=logging.WARNING)
-    on_cpu = map_location is None or callable(map_location) or torch.device(map_location).type == 'cpu'
-    return checkpoint if on_cpu else _moved(checkpoint, torch.device(map_location), {})
+    device = torch.device(map_location if isinstance(map_location, (str, int, torch.device)) else 'cpu')
+    return checkpoint if device.type == 'cpu' else _moved(checkpoint, device, {})
 
 
 def load_from_http(filename: str, map_location: Any = None, model_dir: Optional[str] = None) -> dict:
@@ -66,12 +66,17 @@ def load_from_http(filename: str, map_location: Any = None, model_dir: Optional[
     new = _download(filename, model_dir) if dist.get_rank() == 0 else None
     dist.barrier()
     new = new or _download(filename, model_dir)  # on other machines
+    checkpoint, refused = None, None
     try:
-        return load_from_local(str(new.path), map_location)
-    except CheckpointFileError:
+        checkpoint = load_from_local(str(new.path), map_location)
+    except CheckpointFileError as error:
+        refused = error
+    dist.barrier()  # each process has read it
+    if refused is not None:
         if new.is_new:  # else it would be taken again the next time
             new.path.unlink()
-        raise
+        raise refused
+    return checkpoint
 
 
 class _Download(NamedTuple):

@@ -18,7 +18,7 @@ BLOCK_NAMES = {
     'AR.fc.1.bias': 'ir.norm.bias',
     'AR.fc.3.weight': 'ir.fc2.weight',
 }
-# a CE block of the released network, or the prefix '' of a block on its own
+# a tensor of a CE block in the released network
 CE_KEY = re.compile(r'(?P<prefix>(?:ce1|layer\d+\.\d+\.ce)\.)(?P<leaf>.+)')
 
 

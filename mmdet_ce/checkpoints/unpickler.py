@@ -36,6 +36,7 @@ MAX_KEY = 2**61 - 1  # Python hashes larger ones to the same as small ones
 KEYS = (str, int, float, bool, type(None))
 MAX_KEY_TUPLE = 8
 MAX_KEY_TUPLES = 1000  # in a file: tuples that Python hashes to the same can be found
+MAX_TENSORS = 100_000
 MAX_MEMBERS = 100_000  # of all sets in a file, with the sets: an empty one takes 216 bytes
 MAX_WIDE_TEXT = 4 << 20  # bytes of texts whose characters take up to four bytes in memory for one in the file
 MAX_COPIES = 4  # times the bytes of a pickle that what is copied out of it may take
@@ -66,6 +67,7 @@ class DataUnpickler(pickle._Unpickler):
         }
         self.storage, self.makers, self.max_opcodes = storage, {**MAKERS, **sets, **(makers or {})}, max_opcodes
         self.wide_text_left, self.tuples_left, self.members_left = MAX_WIDE_TEXT, MAX_KEY_TUPLES, MAX_MEMBERS
+        self.tensors_left = MAX_TENSORS
         start = file.tell()
         self.length = file.seek(0, io.SEEK_END) - start
         self.bytes_left = MAX_COPIES * self.length
@@ -120,6 +122,9 @@ class DataUnpickler(pickle._Unpickler):
             raise pickle.UnpicklingError('it calls something that no checkpoint calls')
         self._charge(sum(len(arg) * COPIED[type(arg)] for arg in args if type(arg) in COPIED))
         self.stack[-1] = self.makers[name.name](*args)
+        self.tensors_left -= type(self.stack[-1]) is Tensor
+        if self.tensors_left < 0:
+            raise pickle.UnpicklingError('it has more tensors than any checkpoint')
 
     def load_newobj(self) -> None:
         """Make a holder of an object's state."""

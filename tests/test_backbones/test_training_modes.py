@@ -47,10 +47,11 @@ def test_ce_follows_norm_eval_and_frozen_stages(norm_eval, ce_eval, frozen_stage
 
 @pytest.mark.parametrize('depth', [18, 50])
 @pytest.mark.parametrize('norm_eval', [True, False])
-def test_with_cp_gives_the_same_buffers_and_gradients(depth, norm_eval):
+@pytest.mark.parametrize('norm', ['BN', 'SyncBN'])
+def test_with_cp_gives_the_same_buffers_and_gradients(depth, norm_eval, norm):
     torch.manual_seed(2)
-    plain = CEResNet(depth=depth, norm_eval=norm_eval, ce_eval=False, **TINY)
-    other = CEResNet(depth=depth, norm_eval=norm_eval, ce_eval=False, with_cp=True, **TINY)
+    arguments = dict(depth=depth, norm_cfg=dict(type=norm), norm_eval=norm_eval, ce_eval=False, **TINY)
+    plain, other = CEResNet(**arguments), CEResNet(**arguments, with_cp=True)
     other.load_state_dict(plain.state_dict())
     plain.train(), other.train()
     for _ in range(5):

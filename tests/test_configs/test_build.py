@@ -36,6 +36,8 @@ def test_config_builds_anywhere(path, tmp_path, monkeypatch):
     assert isinstance(model.backbone, CEBackbone)
     layers = dict(model.backbone.named_ce())
     assert len(layers) == NUM_LAYERS[getattr(model.backbone, 'depth', None)]
+    hooks = [hook['type'] for hook in cfg.custom_hooks]
+    assert 'SyncBuffersHook' in hooks, 'else each process validates with statistics of its own'
     assert all(layer.is_identity == ('-identity' in path.stem) for layer in layers.values())
 
 

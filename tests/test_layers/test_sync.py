@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+from mmengine.hooks import SyncBuffersHook
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -133,7 +135,9 @@ def work(rank: int, folder: Path) -> None:
         backbone, images = make_backbone(sync)
         model = DistributedDataParallel(backbone, broadcast_buffers=False)  # as mmengine wraps
         losses = [step(model, images.split(2)[rank]) for _ in range(3)]
-        results['backbone', sync] = dict(losses=losses, state=backbone.state_dict())
+        results['backbone', sync] = dict(losses=losses, state=copy.deepcopy(backbone.state_dict()))
+    SyncBuffersHook().after_train_epoch(SimpleNamespace(model=model))
+    results['after the hook'] = backbone.state_dict()
     results['other sizes'] = ragged(rank)
     results['one without a gradient'] = one_without_a_gradient(rank)
     results['operations'] = operations(rank)
@@ -205,6 +209,15 @@ def test_without_sync_each_process_has_its_own_statistics(processes):
     assert not torch.equal(states[0][own], states[1][own])
     parameters = [name for name, _ in make_backbone(False)[0].named_parameters()]
     assert all(torch.equal(states[0][name], states[1][name]) for name in parameters)
+
+
+@pytest.mark.slow
+def test_the_frameworks_hook_gives_each_process_the_mean_of_the_statistics(processes):
+    before = [p['backbone', False]['state'] for p in processes]
+    after = [p['after the hook'] for p in processes]
+    for name, value in after[0].items():
+        assert torch.equal(value, after[1][name]), name
+        assert_agree(value, (before[0][name] + before[1][name]) / 2, 1e-12, name)
 
 
 @pytest.mark.slow
