@@ -24,23 +24,33 @@ from mmdet_ce.checkpoints import CheckpointFileError, FolderInUseError, printabl
 from mmdet_ce.checkpoints.resume import prepare_resume
 from mmdet_ce.preflight import find_problems
 
+# a module that a config needs -> what to say
+NOT_INSTALLED = {
+    'mmpretrain': (
+        'trains with mmpretrain, which is not installed: pip install "mmpretrain>=1.2" (it needs the torchvision that '
+        'was built for your torch)'
+    ),
+    'pkg_resources': (
+        "inherits from an installed package, which mmengine finds with setuptools' pkg_resources; setuptools 82 has "
+        'none: pip install "setuptools<82"'
+    ),
+}
+
 
 def framework_of(arguments: list[str]) -> str:
     """Return the framework that the config on the command line belongs to: 'mmpretrain', else 'mmdet'.
 
     Raises:
-        FileNotFoundError: If it inherits from mmpretrain, and that is not installed.
+        FileNotFoundError: If it needs a module that is not installed.
     """
     for path in (Path(a) for a in arguments if a.endswith('.py') and Path(a).is_file()):
         try:
             return 'mmpretrain' if Config.fromfile(path).get('default_scope') == 'mmpretrain' else 'mmdet'
         except ModuleNotFoundError as error:
-            if 'mmpretrain' not in str(error):
+            advice = next((text for name, text in NOT_INSTALLED.items() if name in str(error)), None)
+            if advice is None:
                 raise
-            raise FileNotFoundError(
-                f'{path} trains with mmpretrain, which is not installed: pip install "mmpretrain>=1.2" (it needs the '
-                'torchvision that was built for your torch)'
-            ) from error
+            raise FileNotFoundError(f'{path} {advice}') from error
     return 'mmdet'
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -180,3 +181,10 @@ def test_a_damaged_image_costs_no_checkpoint(tmp_path, monkeypatch):
     message = f'error: image {image} is damaged or no image; .* continues with --resume'
     assert re.fullmatch(message, train(2))
     assert Path('run/epoch_1.pth').read_bytes() == before and not Path('run/epoch_2.pth').exists()
+
+
+def test_a_setuptools_without_pkg_resources_gets_advice(monkeypatch):
+    """mmengine needs it for each config that inherits from an installed package."""
+    monkeypatch.setitem(sys.modules, 'pkg_resources', None)
+    message = call(partial(framework_tool.run, 'train.py'), ROOT / 'configs' / 'ce' / 'retinanet_r50-ce_fpn_1x_coco.py')
+    assert re.fullmatch(r'error: \S+ inherits from an installed package, [^\n]+ pip install "setuptools<82"', message)

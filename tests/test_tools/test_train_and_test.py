@@ -124,6 +124,12 @@ def test_calibrate_changes_statistics_only(trained, folder, capfd):
     changed = {key for key, t in before['state_dict'].items() if not torch.equal(t, after['state_dict'][key])}
     expected = {'bd.running_mean', 'bd.running_whitening', 'ir.running_scale'}
     assert changed and all(any(key.endswith(name) for name in expected) for key in changed)
+    torch.save(before['state_dict'], 'weights.pth')  # alone, as the converter and publishers write them
+    arguments = [DEMO, 'weights.pth', 'weights_calibrated.pth', '--num-batches', 2, '--cfg-options', *SMALL]
+    assert call(calibrate.main, *arguments) is None
+    alone = read_checkpoint(folder / 'weights_calibrated.pth')
+    assert alone.keys() == after['state_dict'].keys()
+    assert all(torch.equal(t, alone[key]) for key, t in after['state_dict'].items())
     assert call(run_test, DEMO, 'calibrated.pth', '--cfg-options', *SMALL) is None
     assert 'coco/bbox_mAP: ' in capfd.readouterr().out
 
