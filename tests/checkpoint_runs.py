@@ -17,9 +17,9 @@ from mmdet_ce.checkpoints import read_checkpoint
 class Linear(BaseModel):
     """The least that a Runner trains."""
 
-    def __init__(self):
+    def __init__(self, in_features=2, out_features=1):
         super().__init__()
-        self.fc = torch.nn.Linear(2, 1)
+        self.fc = torch.nn.Linear(in_features, out_features)
 
     def forward(self, x, mode='tensor'):
         return dict(loss=self.fc(torch.stack(x)).square().mean()) if mode == 'loss' else x

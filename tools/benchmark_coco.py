@@ -25,7 +25,6 @@ from trainings import Training, test, train
 
 from mmdet_ce.checkpoints import whole_file
 
-SUBSET = 'a subset of COCO'
 EPOCHS = {'1x': (12, [8, 11]), '2x': (24, [16, 22])}  # mmdet's schedules: epochs, and where the learning rate drops
 
 
@@ -54,7 +53,7 @@ def make_jobs(args: argparse.Namespace, launch: Launch) -> list[Job]:
 
     def job(name: str, seed: int) -> Job:
         folder = args.out_dir / name / f'seed_{seed}'
-        data = SUBSET if args.subset else ''
+        data = 'a subset of COCO' if args.subset else ''
         training = Training(str(configs[name]), folder, config_options(args, seed), launch, data)
         return Job(name, seed, training, name not in args.rows)
 
@@ -65,7 +64,7 @@ def trial_reasons(args: argparse.Namespace, job: Job) -> list[str]:
     """Return why the AP of a job is not that of its row on COCO; nothing if it is."""
     own = Training(job.training.config, job.training.work_dir, []).epochs
     return [
-        *([SUBSET] if args.subset else []),
+        *([job.training.data] if job.training.data else []),
         *([f'--schedule {args.schedule}'] if job.training.epochs != own and args.schedule else []),
         *(['--cfg-options'] if args.cfg_options else []),
     ]

@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Callable, Optional
 
+import torch
 from mmdet.registry import MODELS
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
@@ -121,10 +122,9 @@ def norms_at_rest(block: nn.Module) -> Iterator[None]:
     (CE sees by itself that it is recomputed, since it may stand in a block of mmdet's.)
     """
     norms = [(m, m.momentum, m.num_batches_tracked) for m in block.modules() if isinstance(m, _BatchNorm)]
-    for norm, _, count in norms:
-        norm.momentum = 0.0
-        if count is not None:  # counted in a copy: SyncBatchNorm needs one
-            norm.num_batches_tracked = count.clone()
+    spare = torch.zeros((), dtype=torch.long, device='cpu')  # SyncBatchNorm needs a counter; here it costs no launch
+    for norm, *_ in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, spare
     try:
         yield
     finally:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_runs import Linear
 from mmdet.registry import DATASETS, METRICS
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
-from mmengine.model import BaseModel
 from mmengine.runner import Runner
 
 from mmdet_ce import AtomicCheckpointHook
@@ -28,17 +28,6 @@ def find_damage(path: Path) -> str:
     except CheckpointFileError as error:
         return str(error)
     return ''
-
-
-class Linear(BaseModel):
-    """The least that a Runner trains and evaluates."""
-
-    def __init__(self):
-        super().__init__()
-        self.fc = torch.nn.Linear(300, 300)
-
-    def forward(self, x, mode='tensor'):
-        return dict(loss=self.fc(torch.stack(x)).square().mean()) if mode == 'loss' else x
 
 
 @DATASETS.register_module()
@@ -97,7 +86,7 @@ def runner(
         num_workers=num_workers,
     )
     return Runner(
-        model=Linear(),
+        model=Linear(300, 300),
         work_dir=str(work_dir),
         train_dataloader=loader,
         val_dataloader=loader,
