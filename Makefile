@@ -1,11 +1,10 @@
-# Each target does all of the set-up that it needs, once. VERSIONS chooses them: newest (requirements.txt), common or
-# oldest (requirements-NAME.txt), each with a Python of its own in a folder of its own.
+# Each target does all of the set-up that it needs, once. VERSIONS chooses them: newest (requirements.txt), or common
+# (requirements-common.txt), each with a Python of its own in a folder of its own.
 VERSIONS ?= newest
-PYTHON_VERSION_common := 3.10
-PYTHON_VERSION_oldest := 3.8
+PYTHON_VERSION_common := 3.8
 PYTHON_VERSION := $(or $(PYTHON_VERSION_$(VERSIONS)),3.11)
 VENV := .venv$(if $(filter-out newest,$(VERSIONS)),-$(VERSIONS))
-# The first that runs: pyenv has a python3.10 on the path that may stand for none.
+# The first that runs: pyenv has a python3.8 on the path that may stand for none.
 PYTHON ?= $(or $(shell python$(PYTHON_VERSION) -c 'import sys; print(sys.executable)' 2> /dev/null),\
   $(lastword $(wildcard $(HOME)/.pyenv/versions/$(PYTHON_VERSION).*/bin/python)),\
   $(shell command -v python3),python$(PYTHON_VERSION))
@@ -15,7 +14,7 @@ ifndef OMP_WAIT_POLICY
 export GOMP_SPINCOUNT ?= 1000
 endif
 
-.PHONY: setup demo test test-common test-oldest test-kernels gpu lint pins clean
+.PHONY: setup demo test test-common test-kernels gpu lint pins clean
 
 setup:
 	@command -v $(PYTHON) > /dev/null || { echo "setup: error: Python $(PYTHON_VERSION) is needed and '$(PYTHON)' was" \
@@ -27,15 +26,12 @@ demo: setup
 	@$(VENV)/bin/python -W ignore tools/demo.py
 
 test: setup $(if $(filter newest,$(VERSIONS)),lint)
-	@$(VENV)/bin/python tools/setup_env.py $(VERSIONS) $(if $(filter-out oldest,$(VERSIONS)),--imagenet)
+	@$(VENV)/bin/python tools/setup_env.py $(VERSIONS) --imagenet
 	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
 
-# The same suite with what most users of MMDetection have, and with the oldest versions that are supported.
+# The same suite with what most users of MMDetection have, at the oldest that is supported.
 test-common:
 	@$(MAKE) --no-print-directory test VERSIONS=common
-
-test-oldest:
-	@$(MAKE) --no-print-directory test VERSIONS=oldest
 
 # The Triton kernels: against the float64 oracle in Triton's interpreter, and compiled for two GPUs. No GPU is needed.
 test-kernels: setup
@@ -53,9 +49,9 @@ lint: setup
 
 # Write the pins that nobody chose, requirements*.txt, from those that somebody did, requirements*.in (pip install uv).
 pins:
-	@for pair in 3.11:requirements 3.10:requirements-common 3.8:requirements-oldest; do \
+	@for pair in 3.11:requirements 3.8:requirements-common; do \
 	  uv pip compile --quiet --python-platform linux --python-version $${pair%:*} --no-emit-package opencv-python \
 	    --custom-compile-command 'make pins' --output-file $${pair#*:}.txt $${pair#*:}.in > /dev/null || exit 1; done
 
 clean:
-	rm -rf .venv .venv-common .venv-oldest data work_dirs
+	rm -rf .venv .venv-common data work_dirs

@@ -13,15 +13,14 @@ from types import ModuleType
 
 # import name -> (oldest version that works, first version that does not)
 SUPPORTED = {
-    'torch': ('2.0', '3'),
+    'torch': ('2.1', '3'),
     'mmengine': ('0.8', '2'),
     'mmcv': ('2.0', '3'),
     'mmdet': ('3.0', '4'),
 }
-# what the tests run with: the pins of requirements-oldest.txt, requirements-common.txt and requirements.txt
+# what the tests run with: the pins of requirements-common.txt and requirements.txt
 TESTED = {
-    'oldest': {'python': '3.8', 'torch': '2.0.1', 'mmengine': '0.8.0', 'mmcv': '2.0.1', 'mmdet': '3.0.0'},
-    'common': {'python': '3.10', 'torch': '2.1.2', 'mmengine': '0.10.7', 'mmcv': '2.1.0', 'mmdet': '3.3.0'},
+    'common': {'python': '3.8', 'torch': '2.1.2', 'mmengine': '0.10.7', 'mmcv': '2.1.0', 'mmdet': '3.3.0'},
     'newest': {'python': '3.11', 'torch': '2.13.0', 'mmengine': '0.10.7', 'mmcv': '2.1.0', 'mmdet': '3.3.0'},
 }
 

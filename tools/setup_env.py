@@ -52,8 +52,7 @@ class Environment(NamedTuple):
 
 ENVIRONMENTS = {
     'newest': Environment((3, 11), ROOT / 'requirements.txt', ROOT / '.venv'),
-    'common': Environment((3, 10), ROOT / 'requirements-common.txt', ROOT / '.venv-common'),
-    'oldest': Environment((3, 8), ROOT / 'requirements-oldest.txt', ROOT / '.venv-oldest'),
+    'common': Environment((3, 8), ROOT / 'requirements-common.txt', ROOT / '.venv-common'),
 }
 
 # Two wheels of mmcv are interchangeable only if all of this agrees: the interpreter, the exact torch build, and
@@ -203,6 +202,7 @@ def build_mmcv(env: Environment, folder: Path) -> Path:
         PATH=f'{env.venv / "bin"}{os.pathsep}{os.environ.get("PATH", "")}',
     )
     with tempfile.TemporaryDirectory(dir=folder) as scratch, open(log_path, 'w') as log:
+        variables.update(precompiling_compiler(Path(scratch)))
         command = [
             *(str(env.interpreter), '-m', 'pip', '--disable-pip-version-check', 'wheel', '-v', '--no-deps'),
             *('--no-build-isolation', '--no-binary', 'mmcv', '--no-cache-dir', '-w', scratch, env.pinned('mmcv')),
@@ -218,6 +218,15 @@ def build_mmcv(env: Environment, folder: Path) -> Path:
         os.replace(wheels[0], wheel)
     say(f'mmcv built in {(time.monotonic() - start) / 60:.1f} min: {wheel}')
     return wheel
+
+
+def precompiling_compiler(scratch: Path) -> dict[str, str]:
+    """Return the variables that put precompiled_cxx.py in the place of the compiler: 3 minutes instead of 16."""
+    header = scratch / 'torch.h'
+    header.write_text('#include <torch/types.h>\n')
+    compiler = os.environ.get('CXX') or 'c++'
+    wrapper = str(ROOT / 'tools' / 'precompiled_cxx.py')
+    return dict(CXX=wrapper, MMDET_CE_CXX=compiler, MMDET_CE_HEADER=str(header), TORCH_DONT_CHECK_COMPILER_ABI='1')
 
 
 def install_apart(env: Environment, name: str) -> None:
