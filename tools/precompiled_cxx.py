@@ -44,9 +44,9 @@ def flags(args: 'list[str]') -> 'list[str]':
     """Return a call's arguments without its input, its outputs and its list of dependencies."""
     rest, items = [], iter(args)
     for item in items:
-        if item in ('-o', '-MF', '-c'):
+        if item in ('-o', '-MF'):
             next(items)
-        elif item not in ('-MMD', '-MD'):
+        elif item not in ('-c', '-MMD') and not item.endswith('.cpp'):
             rest.append(item)
     return rest
 

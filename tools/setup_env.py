@@ -17,7 +17,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -123,11 +122,22 @@ def fingerprint(env: Environment) -> str:
     return digest.hexdigest()
 
 
-def pip(env: Environment, *args: str) -> None:
-    """Run the environment's pip; its own output is the progress."""
+def pip(env: Environment, what: str, *args: str) -> None:
+    """Run the environment's pip as one step of the set-up; its output goes into a log."""
+    start, log = time.monotonic(), env.venv / 'setup.log'
     command = [str(env.interpreter), '-m', 'pip', '--disable-pip-version-check', *args]
-    if subprocess.run(command, cwd=ROOT).returncode:
-        fail(f'pip failed: {" ".join(command)}')
+    print(f'setup: {what} ...', end='', flush=True)
+    with open(log, 'a') as output:
+        status = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT).returncode
+    print(f' {time.monotonic() - start:.0f} s', flush=True)
+    if status:
+        print_end(log)
+        fail(f'pip failed: {" ".join(command)}; the end of its output is above, all of it in {log}')
+
+
+def print_end(log: Path) -> None:
+    """Print the last lines of a log."""
+    print(*log.read_text().splitlines()[-30:], sep='\n')
 
 
 def create_venv(env: Environment) -> None:
@@ -192,7 +202,7 @@ def mmcv_wheel(env: Environment) -> Path:
 def build_mmcv(env: Environment, folder: Path) -> Path:
     """Compile mmcv with its operators into ``folder``; the wheel appears there only when it is whole."""
     jobs = build_jobs()
-    say(f'compiling mmcv with its operators, {jobs} at a time: once a machine, about 16 minutes on two cores')
+    say(f'compiling mmcv with its operators, {jobs} at a time: once a machine, about 4 minutes on two cores')
     start, log_path = time.monotonic(), folder / 'build.log'
     variables = dict(
         os.environ,
@@ -201,21 +211,25 @@ def build_mmcv(env: Environment, folder: Path) -> Path:
         PYTHONUNBUFFERED='1',
         PATH=f'{env.venv / "bin"}{os.pathsep}{os.environ.get("PATH", "")}',
     )
-    with tempfile.TemporaryDirectory(dir=folder) as scratch, open(log_path, 'w') as log:
-        variables.update(precompiling_compiler(Path(scratch)))
+    scratch = folder / 'build'
+    shutil.rmtree(scratch, ignore_errors=True)  # of a build that was interrupted
+    scratch.mkdir()
+    with open(log_path, 'w') as log:
+        variables.update(precompiling_compiler(scratch))
         command = [
             *(str(env.interpreter), '-m', 'pip', '--disable-pip-version-check', 'wheel', '-v', '--no-deps'),
-            *('--no-build-isolation', '--no-binary', 'mmcv', '--no-cache-dir', '-w', scratch, env.pinned('mmcv')),
+            *('--no-build-isolation', '--no-binary', 'mmcv', '--no-cache-dir', '-w', str(scratch), env.pinned('mmcv')),
         ]
         process = subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         show_build(process.stdout, log, start)
-        wheels = list(Path(scratch).glob('mmcv-*.whl'))
+        wheels = list(scratch.glob('mmcv-*.whl'))
         if process.wait() or not wheels:
             log.flush()
-            print(''.join(log_path.read_text().splitlines(keepends=True)[-30:]))
+            print_end(log_path)
             fail(f'building mmcv failed; the end of its output is above, all of it in {log_path}')
         wheel = folder / wheels[0].name
         os.replace(wheels[0], wheel)
+    shutil.rmtree(scratch)
     say(f'mmcv built in {(time.monotonic() - start) / 60:.1f} min: {wheel}')
     return wheel
 
@@ -236,9 +250,9 @@ def install_apart(env: Environment, name: str) -> None:
     stamp = folder / '.pins'
     if stamp.is_file() and stamp.read_text() == pins:
         return
-    say(f'what the {name} tests need, into {folder}')
     shutil.rmtree(folder, ignore_errors=True)
-    pip(env, 'install', '--no-deps', '--target', str(folder), '-r', str(requirements))
+    what = f'what the {name} tests need, into {folder}'
+    pip(env, what, 'install', '--no-deps', '--target', str(folder), '-r', str(requirements))
     stamp.write_text(pins)
 
 
@@ -262,16 +276,12 @@ def set_up(env: Environment) -> None:
     start = time.monotonic()
     check_machine(env)
     create_venv(env)
-    say('1/4 torch and build tools')
     first = map(env.pinned, ('torch', 'setuptools', 'wheel', 'ninja', 'psutil'))
-    pip(env, 'install', '-c', str(env.requirements), *first)
-    say('2/4 mmcv')
-    pip(env, 'install', '--no-deps', str(mmcv_wheel(env)))
+    pip(env, '1/4 torch and build tools', 'install', '-c', str(env.requirements), *first)
+    pip(env, '2/4 mmcv', 'install', '--no-deps', str(mmcv_wheel(env)))
     # --no-deps: the requirements are the whole list, with opencv-python-headless, which needs no libGL on the machine.
-    say('3/4 mmengine, mmdet and the rest')
-    pip(env, 'install', '--no-deps', '-r', str(env.requirements))
-    say('4/4 mmdet_ce, editable')
-    pip(env, 'install', '--no-deps', '--no-build-isolation', '-e', str(ROOT))
+    pip(env, '3/4 mmengine, mmdet and the rest', 'install', '--no-deps', '-r', str(env.requirements))
+    pip(env, '4/4 mmdet_ce, editable', 'install', '--no-deps', '--no-build-isolation', '-e', str(ROOT))
     command = [str(env.interpreter), '-W', 'ignore', '-c', CHECK_CODE]
     check = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
     if check.returncode:
