@@ -8,7 +8,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import mmcv
 from mmdet.utils import collect_env
 
 from .compat import missing_features
@@ -50,7 +49,7 @@ def copy_config(name: str, folder: Path) -> list[Path]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog='python -m mmdet_ce', description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest='command', required=True)
+    commands = parser.add_subparsers(dest='command')
     commands.add_parser('configs', help='list the shipped configs')
     copy = commands.add_parser('copy', help='copy a config out, with the shipped ones that it inherits from')
     copy.add_argument('name', help='as listed, with or without its folder')
@@ -60,10 +59,12 @@ def main() -> None:
     if args.command == 'configs':
         print(*config_names(), f'(in {CONFIGS})', sep='\n')
     elif args.command == 'env':
-        ours = dict(mmdet_ce=f'{__version__} at {PACKAGE}', versions=describe_versions(), MMCV=mmcv.__version__)
+        ours = dict(mmdet_ce=f'{__version__} at {PACKAGE}', versions=describe_versions())
         ours['missing with this torch'] = ', '.join(missing_features()) or 'nothing'
         for key, value in {**ours, **collect_env()}.items():
             print(f'{key}: {value}')
+    elif args.command is None:
+        parser.print_help()
     else:
         try:
             print(*copy_config(args.name, args.folder), sep='\n')
