@@ -5,23 +5,14 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-import runpy
-import sys
 from pathlib import Path
 
-import cv2
 import pytest
-import torch
 from conftest import ROOT
-from make_shapes_dataset import make_dataset
 from mmdet.registry import MODELS
 from mmengine.config import Config
-from utils import randomize
 
 import mmdet_ce
-from mmdet_ce.compat import FEATURES
-from mmdet_ce.environment import SUPPORTED, TESTED
-from mmdet_ce.ops.kernels import TESTED_CAPABILITIES
 
 PAGES = [
     *(ROOT / name for name in ('README.md', 'CONTRIBUTING.md', 'CHANGELOG.md', 'configs/ce/README.md')),
@@ -36,12 +27,6 @@ every_page = pytest.mark.parametrize('page', PAGES, ids=lambda page: page.relati
 def blocks(page: Path, language: str) -> list[str]:
     """Return the code blocks of a language."""
     return re.findall(rf'^```{language}\n(.*?)^```', page.read_text(), flags=re.M | re.S)
-
-
-def prose(page: Path) -> list[str]:
-    """Return the lines outside code blocks, tables and indented code."""
-    text = re.sub(r'^```.*?^```', '', page.read_text(), flags=re.M | re.S)
-    return [line for line in text.splitlines() if not line.startswith(('|', '    '))]
 
 
 def anchors(page: Path) -> set[str]:
@@ -75,11 +60,6 @@ def own_parameters(cls: type) -> dict[str, inspect.Parameter]:
     parameters = inspect.signature(cls.__init__).parameters
     keywords = {name: p for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
     return keywords or {name: p for name, p in parameters.items() if name not in ('self', 'in_channels')}
-
-
-def test_the_readme_is_one_page():
-    assert len(README.read_text().splitlines()) <= 150
-    assert not [line for line in prose(README) if len(line) > 100]
 
 
 @every_page
@@ -161,49 +141,3 @@ def test_the_config_in_the_readme_works():
 def test_python_blocks_are_python(page):
     for block in blocks(page, 'python'):
         ast.parse(block)
-
-
-def test_the_readme_names_the_supported_versions():
-    text = README.read_text()
-    missing = [name for name, (low, _) in SUPPORTED.items() if f'{name} >= {low}' not in text]
-    assert not missing
-
-
-def test_the_benchmarks_name_the_tested_versions():
-    text = (ROOT / 'docs/benchmarks.md').read_text()
-    columns = ('python', 'torch', 'mmcv', 'mmengine', 'mmdet')
-    rows = [' | '.join([name, *(versions[column] for column in columns)]) for name, versions in TESTED.items()]
-    missing = [row for row in rows if f'| {row} |' not in text]
-    assert not missing
-
-
-def test_the_usage_page_names_what_an_older_torch_lacks():
-    text = USAGE.read_text()
-    missing = [name for name, (a, b) in FEATURES.items() if f'| {name} | {a}.{b} |' not in text]
-    assert not missing
-
-
-def test_the_benchmarks_name_the_gpus_on_which_triton_is_taken():
-    text = (ROOT / 'docs/benchmarks.md').read_text()
-    missing = [c for c in TESTED_CAPABILITIES if f'compute capability {c[0]}.{c[1]}' not in text]
-    assert not missing
-
-
-@pytest.mark.slow
-def test_the_figure_of_the_readme_is_drawn(tmp_path, monkeypatch, capsys):
-    script = runpy.run_path(str(ROOT / 'docs/images/draw_what_ce_does.py'))
-    config = ROOT / 'configs/demo/mask-rcnn_r18-ce_fpn_8e_shapes.py'
-    monkeypatch.chdir(tmp_path)
-    make_dataset(tmp_path / 'data' / 'shapes', train=1, val=2)
-    torch.save(randomize(MODELS.build(Config.fromfile(config).model.backbone)).state_dict(), 'backbone.pth')
-
-    def draw(*arguments):
-        monkeypatch.setattr(sys, 'argv', ['draw', str(config), *arguments, '--out', 'figure.png'])
-        script['main']()
-
-    draw('backbone.pth')
-    assert 'mean |correlation|' in capsys.readouterr().out
-    assert cv2.imread('figure.png').std() > 10
-    for arguments, message in ((['none.pth'], 'none.pth not found'), (['backbone.pth', '--layer', 'ce9'], 'ce9')):
-        with pytest.raises(SystemExit, match=message):
-            draw(*arguments)
