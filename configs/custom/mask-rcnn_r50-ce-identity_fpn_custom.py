@@ -1,0 +1,56 @@
+# Mask R-CNN with CE on your own data in COCO's format, with masks. The parts are those of the RetinaNet config.
+_base_ = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'
+custom_imports = dict(imports=['mmdet_ce'], allow_failed_imports=False)
+
+# 1. Your data: a folder, a JSON file of annotations and a folder of images for each part, the names of the classes.
+data_root = 'data/custom/'
+metainfo = dict(classes=('first', 'second'))  # a comma after a single one: ('first',)
+train = dict(ann_file='annotations/train.json', data_prefix=dict(img='train/'))
+val = dict(ann_file='annotations/val.json', data_prefix=dict(img='val/'))
+
+# 2. The network. These are plain ImageNet weights, and CE learns its share; docs/your_data.md has the other ways.
+num_classes = len(metainfo['classes'])
+model = dict(
+    backbone=dict(type='CEResNet', frozen_stages=-1, ce_eval=False, ce_cfg=dict(identity_start=True)),
+    roi_head=dict(bbox_head=dict(num_classes=num_classes), mask_head=dict(num_classes=num_classes)),
+)
+
+# 3. Images: the longer and the shorter side at most.
+scale = (640, 480)
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+    dict(type='Resize', scale=scale, keep_ratio=True),
+    dict(type='RandomFlip', prob=0.5),
+    dict(type='PackDetInputs'),
+]
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='Resize', scale=scale, keep_ratio=True),
+    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+    dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
+]
+shared = dict(data_root=data_root, metainfo=metainfo)
+train_dataloader = dict(batch_size=4, dataset=dict(pipeline=train_pipeline, **shared, **train))
+val_dataloader = dict(batch_size=4, dataset=dict(pipeline=test_pipeline, **shared, **val))
+test_dataloader = val_dataloader
+val_evaluator = dict(ann_file=data_root + val['ann_file'])
+test_evaluator = val_evaluator
+
+# 4. The training: a small set, from pretrained weights. From scratch take 3 times as many epochs.
+max_epochs = 12
+train_cfg = dict(max_epochs=max_epochs)
+optim_wrapper = dict(
+    optimizer=dict(_delete_=True, type='AdamW', lr=5e-4, weight_decay=0.05),
+    clip_grad=dict(max_norm=10),
+    # AdamW moves a parameter by its rate at most: without this, alpha would end near 0, and CE with it
+    paramwise_cfg=dict(custom_keys={key: dict(lr_mult=10, decay_mult=0) for key in ('.ce.alpha', '.ce1.alpha')}),
+)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
+    dict(type='CosineAnnealingLR', by_epoch=True, end=max_epochs, T_max=max_epochs, convert_to_iter_based=True),
+]
+default_hooks = dict(
+    logger=dict(interval=10),
+    checkpoint=dict(max_keep_ckpts=2, save_best='auto', backend_args=dict(backend='atomic')),
+)
