@@ -96,8 +96,10 @@ def draw(models: Models, threshold: float, path: Path) -> None:
         for axis, key in zip(axes, panels):
             if key in column:
                 axis.plot(names, column[key], **style, label=model)
-            if (before := key.replace('_after', '') + '_before') in column:
-                axis.plot(names, column[before], '--', color=style['color'], label=f'{model}, before CE')
+            before = key.replace('_after', '') + '_before'
+            if before in column:
+                hollow = dict(style, linestyle='', markerfacecolor='none', label=f'{model}, before CE')
+                axis.plot(names, column[before], **hollow)
         if 'lambda' in column:
             middle, x = column['gate_50'], np.arange(len(names)) + 0.15 * (index + 1)
             bars = [middle - column['gate_5'], column['gate_95'] - middle]

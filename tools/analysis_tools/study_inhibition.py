@@ -33,7 +33,7 @@ BRANCH_THETA = {'bd': 30.0, 'ir': -30.0}  # lambda is then 1, or 1e-13
 CHANNELS, STRIDES = (32, 64, 128, 128), (2, 2, 1, 1)
 SIZE, PADDING = 16, 2  # height and width of the images, and what a random crop shifts them, in pixels
 BATCH_SIZE = 64
-# told apart with any kind of colour vision (Okabe and Ito), then black and grey
+# told apart with any kind of colour vision (Okabe and Ito)
 COLOURS = ['#000000', '#e69f00', '#56b4e9', '#009e73', '#0072b2', '#d55e00', '#cc79a7', '#999999']
 
 Images = Tuple[Tensor, Tensor]  # (N, 3, SIZE, SIZE), normalized; the classes, (N,)
@@ -96,11 +96,7 @@ def measure(network: nn.Sequential, images: Images) -> dict[str, Any]:
 
 
 def train(network: nn.Sequential, args: argparse.Namespace, decay: float, seed: int, data: list[Images]) -> History:
-    """Train on the first images: SGD with Nesterov momentum, cosine learning rate, weight decay on all that learns.
-
-    Returns:
-        Measures on the second images after about 16 epochs. The training ends where loss or weights are not finite.
-    """
+    """Train on the first images, measure on the second about 16 times; end where loss or weights are not finite."""
     generator = torch.Generator().manual_seed(seed)
     parameters = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, args.learning_rate, momentum=0.9, nesterov=True, weight_decay=decay)
