@@ -140,7 +140,8 @@ class _CESums:
     def add(self, x: Tensor, out: Tensor) -> None:
         deviation = x.float() - x.float().mean((2, 3), keepdim=True)
         variance = deviation.square().sum((2, 3)) / max(x[0, 0].numel() - 1, 1)
-        self.gates.append(_numpy(self.ce.ir.gate(variance.to(x.dtype))))
+        ir = self.ce.ir
+        self.gates.append(_numpy(ir.fc2(ir.norm(ir.fc1(variance.to(x.dtype))).relu()).sigmoid()))
         self.contribution_before = self.contribution_before + _contribution(x)
         self.contribution_after = self.contribution_after + _contribution(out)
         self.before.add(x)

@@ -69,7 +69,7 @@ def main() -> None:
 
     ce, x, out = measure(Config.fromfile(args.config), args.checkpoint, args.layer, args.num_images)
     with torch.no_grad():
-        gate = ce.ir.gate(x.var(dim=(2, 3)))  # (images, C)
+        gate = ce.ir.fc2(ce.ir.norm(ce.ir.fc1(x.var(dim=(2, 3)))).relu()).sigmoid()  # (images, C)
         lambda_ = torch.sigmoid(ce.theta).item()
     first = args.group * ce.group_size
     gate = gate[:, first : first + ce.group_size]

@@ -131,7 +131,6 @@ def main() -> None:
     args = parser.parse_args()
     if len({name for name, *_ in args.model}) < len(args.model):
         parser.error('each --model needs a name of its own')
-    torch.set_flush_denormal(True)  # a CPU is slow with them
     models = {}
     for name, config, checkpoint in args.model:
         cfg = read_config(config, args.cfg_options)
