@@ -78,7 +78,7 @@ class LayerStatistics:
 def analyze_channels(backbone: nn.Module, batches: Iterable[Tensor]) -> dict[str, LayerStatistics]:
     """Run images through a backbone in evaluation and measure its channels.
 
-    Neither weights nor statistics nor the random state change, and the modes of all modules are as before afterwards.
+    Neither weights nor statistics change, and the modes of all modules are as before afterwards.
 
     Args:
         backbone: Any backbone of mmdet that has norms over (N, C, H, W).

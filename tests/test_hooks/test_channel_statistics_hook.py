@@ -18,8 +18,6 @@ IMAGE = torch.arange(3 * 32 * 32.0).view(3, 32, 32).sin()
 
 
 class Detector(BaseModel):
-    """The least that a Runner trains: a backbone and a loss."""
-
     def __init__(self, kind=CEResNet, **kwargs):
         super().__init__(data_preprocessor=dict(type='mmdet.DetDataPreprocessor', mean=[1.0] * 3, std=[2.0] * 3))
         self.backbone = kind(depth=18, base_channels=16, frozen_stages=-1, **{'norm_eval': False, **kwargs})
@@ -49,7 +47,6 @@ def train(work_dir, model, hooks=()):
 
 
 def logged(work_dir):
-    """The hook's records, by step."""
     (path,) = work_dir.glob('*/vis_data/scalars.json')
     records = [json.loads(line) for line in path.read_text().splitlines()]
     return {record.pop('step'): record for record in records if 'inhibited/bn1' in record}

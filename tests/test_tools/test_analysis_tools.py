@@ -25,7 +25,6 @@ SMALL += ['test_dataloader.num_workers=0', 'test_dataloader.persistent_workers=F
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    """A folder with the data set where the configs look for it, and a checkpoint of each."""
     folder = tmp_path_factory.mktemp('work')
     make_dataset(folder / 'data' / 'shapes', train=1, val=3)
     for name, path in (('plain', PLAIN), ('ce', CE)):
