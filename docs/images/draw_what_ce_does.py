@@ -9,43 +9,30 @@ the same after CE, and the gate of each channel in each image. `make demo` leave
 from __future__ import annotations
 
 import argparse
-import sys
 from itertools import islice
 from pathlib import Path
 
-import matplotlib
 import torch
+from matplotlib import colormaps
+from matplotlib.figure import Figure
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
-from mmengine.runner import Runner
+from mmengine.runner import Runner, load_checkpoint
 from torch import Tensor
 
 from mmdet_ce import ChannelEquilibrium
-from mmdet_ce.channel_analysis import network_input
-from mmdet_ce.checkpoints import CheckpointFileError
-from mmdet_ce.checkpoints.trained_backbone import load_backbone
-
-matplotlib.use('Agg')
-from matplotlib import pyplot as plt  # noqa: E402
 
 
 @torch.no_grad()
-def measure(cfg: Config, checkpoint: Path, layer: str, num_images: int) -> tuple[ChannelEquilibrium, Tensor, Tensor]:
-    """Return a CE layer with its inputs and its outputs, (images, C, H, W), of the first test images.
-
-    Raises:
-        CheckpointFileError: If the checkpoint cannot be read.
-        ValueError: If it is another model's, or the model has no such layer.
-    """
-    init_default_scope(cfg.get('default_scope', 'mmdet'))
-    backbone = load_backbone(cfg, checkpoint)
-    preprocessor = MODELS.build(cfg.model.get('data_preprocessor') or cfg.data_preprocessor)
+def measure(cfg: Config, checkpoint: str, layer: str, num_images: int) -> tuple[ChannelEquilibrium, Tensor, Tensor]:
+    """Return a CE layer with its inputs and its outputs, (images, C, H, W), of the first test images."""
+    init_default_scope(cfg.get('default_scope') or 'mmdet')
+    model = MODELS.build(cfg.model)
+    load_checkpoint(model, checkpoint, map_location='cpu', strict=True)
+    model.eval()
     cfg.test_dataloader.update(batch_size=1, num_workers=0, persistent_workers=False)
-    layers = {name: m for name, m in backbone.named_modules() if isinstance(m, ChannelEquilibrium)}
-    if layer not in layers:
-        raise ValueError(f'{cfg.filename} has no CE layer {layer}; expected one of {", ".join(layers)}')
-    ce, inputs, outputs = layers[layer], [], []
+    ce, inputs, outputs = model.backbone.get_submodule(layer), [], []
 
     def record(_: ChannelEquilibrium, args: tuple, out: Tensor) -> None:
         inputs.append(args[0])
@@ -53,7 +40,7 @@ def measure(cfg: Config, checkpoint: Path, layer: str, num_images: int) -> tuple
 
     ce.register_forward_hook(record)
     for batch in islice(Runner.build_dataloader(cfg.test_dataloader), num_images):
-        backbone(network_input(batch, preprocessor))
+        model.backbone(model.data_preprocessor(batch, False)['inputs'])
     return ce, torch.cat(inputs), torch.cat(outputs)
 
 
@@ -72,26 +59,24 @@ def off_diagonal(correlation: Tensor) -> float:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('config', type=Path)
-    parser.add_argument('checkpoint', type=Path)
+    parser.add_argument('config')
+    parser.add_argument('checkpoint')
     parser.add_argument('--layer', default='layer3.0.ce', help='name of the CE layer (default: %(default)s)')
     parser.add_argument('--group', type=int, default=0, help='group of channels (default: %(default)s)')
     parser.add_argument('--num-images', type=int, default=80, help='(default: %(default)s)')
     parser.add_argument('--out', type=Path, default=Path(__file__).with_name('what_ce_does.png'))
     args = parser.parse_args()
 
-    try:
-        ce, x, out = measure(Config.fromfile(args.config), args.checkpoint, args.layer, args.num_images)
-    except (FileNotFoundError, CheckpointFileError, ValueError) as error:
-        sys.exit(f'error: {error}')
+    ce, x, out = measure(Config.fromfile(args.config), args.checkpoint, args.layer, args.num_images)
     with torch.no_grad():
-        gate = ce.ir.gate(x.var(dim=(2, 3)))  # (images, C)
+        gate = ce.ir.fc2(ce.ir.norm(ce.ir.fc1(x.var(dim=(2, 3)))).relu()).sigmoid()  # (images, C)
         lambda_ = torch.sigmoid(ce.theta).item()
     first = args.group * ce.group_size
     gate = gate[:, first : first + ce.group_size]
 
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.7), layout='constrained')
-    colours = plt.get_cmap('RdBu_r').with_extremes(bad='0.7')
+    figure = Figure(figsize=(11, 3.7), layout='constrained')
+    axes = figure.subplots(1, 3)
+    colours = colormaps['RdBu_r'].with_extremes(bad='0.7')
     for axis, values, when in zip(axes, (x, out), ('before CE', 'after CE')):
         matrix = correlations(values, ce, args.group)
         shown = matrix.masked_fill(torch.eye(len(matrix), dtype=torch.bool), torch.nan)  # the diagonal is always 1

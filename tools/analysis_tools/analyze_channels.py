@@ -1,57 +1,118 @@
 """Measure the channels of detectors' backbones on images, with Channel Equilibrium or without, and overlay them.
 
-    python tools/analysis_tools/analyze_channels.py --model plain CONFIG CHECKPOINT --model ce CONFIG CHECKPOINT
+    python tools/analysis_tools/analyze_channels.py --model plain CONFIG CHECKPOINT --model CE CONFIG CHECKPOINT
 
 What is measured of which layer: mmdet_ce/channel_analysis.py. The images are the first ones of each config's test data
-set, one at a time. Writes channels.json (every channel), channels.csv (every layer) and channels.png.
+set, one at a time. Prints a table; writes channels.json, with every layer and channel, and channels.png.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from itertools import islice
 from pathlib import Path
+from typing import Dict
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from command_line import exit_on, exit_on_problems, flush_denormals, read_config
+from command_line import read_config
 
+import numpy as np
 import torch
-from channel_figure import draw
-from channel_report import print_table, write_files
-from channel_summary import Models, bottom_line, groups_of, summarize_all
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 from mmdet.registry import MODELS
 from mmengine.config import Config, DictAction
 from mmengine.registry import init_default_scope
-from mmengine.runner import Runner
-from rich.progress import track
+from mmengine.runner import Runner, load_checkpoint
 
-from mmdet_ce.channel_analysis import (
-    ABSOLUTE_THRESHOLD,
-    RELATIVE_THRESHOLD,
-    LayerStatistics,
-    analyze_channels,
-    network_input,
-)
-from mmdet_ce.checkpoints import CheckpointFileError
-from mmdet_ce.checkpoints.trained_backbone import load_backbone
-from mmdet_ce.preflight import find_problems
+from mmdet_ce.channel_analysis import INHIBITED_BELOW, LayerStatistics, analyze_channels
+
+Models = Dict[str, Dict[str, LayerStatistics]]  # by the model's name and the layer's
+COLOURS = ['#d55e00', '#0072b2', '#009e73', '#cc79a7']  # told apart with any kind of colour vision (Okabe and Ito)
+MARKERS = 'osD^'
+COLUMNS = {
+    'inhibited': '.1%', 'inhibited_before': '.1%', 'entropy': '.3f', 'entropy_before': '.3f',
+    'off_diagonal_before': '.2f', 'off_diagonal_after': '.2f', 'lambda': '.3f', 'alpha': '.3f',
+}  # fmt: skip
 
 
-def measure(name: str, cfg: Config, checkpoint: str, num_images: int, device: str) -> dict[str, LayerStatistics]:
+def measure(cfg: Config, checkpoint: str, num_images: int, device: str) -> dict[str, LayerStatistics]:
     """Measure one model on the first images of its test data set.
 
     Raises:
-        CheckpointFileError: If the checkpoint cannot be read.
-        ValueError: If it is another model's, or there is nothing to measure.
+        RuntimeError: If the checkpoint is another model's, in any tensor.
     """
-    backbone = load_backbone(cfg, checkpoint).to(device)
-    preprocessor = MODELS.build(cfg.model.get('data_preprocessor') or cfg.data_preprocessor).to(device)
+    init_default_scope(cfg.get('default_scope') or 'mmdet')
+    model = MODELS.build(cfg.model)
+    load_checkpoint(model, checkpoint, map_location='cpu', strict=True)
+    model.to(device)
     cfg.test_dataloader.batch_size = 1  # no image is padded to the size of another
-    loader = Runner.build_dataloader(cfg.test_dataloader)
-    count = min(num_images, len(loader))
-    batches = track(islice(loader, count), f'{name}: {count} images', total=count)
-    return analyze_channels(backbone, (network_input(batch, preprocessor) for batch in batches))
+    batches = islice(Runner.build_dataloader(cfg.test_dataloader), num_images)
+    return analyze_channels(model.backbone, (model.data_preprocessor(batch, False)['inputs'] for batch in batches))
+
+
+def table(models: Models, threshold: float) -> str:
+    """Return a table in Markdown: the layers that have CE in some model, and the others."""
+    lines = [f'| layers | model | {" | ".join(COLUMNS)} |', '| --- ' * (len(COLUMNS) + 2) + '|']
+    names = common_layers(models)
+    with_ce = [name for name in names if any(layers[name].ce for layers in models.values())]
+    for group, members in (('where CE is', with_ce), ('elsewhere', [name for name in names if name not in with_ce])):
+        for model, layers in models.items():
+            rows = [layers[name].measures(threshold) for name in members]
+            lines.append(f'| {group} | {model} | {" | ".join(average(rows, key) for key in COLUMNS)} |')
+    return '\n'.join(lines)
+
+
+def average(rows: list[dict[str, float]], key: str) -> str:
+    """Return the mean of a measure over the layers that have it, by channels if it is a share of channels."""
+    rows = [row for row in rows if key in row]
+    weights = [row['channels'] if key.startswith('inhibited') else 1 for row in rows]
+    return format(np.average([row[key] for row in rows], weights=weights), COLUMNS[key]) if rows else ''
+
+
+def common_layers(models: Models) -> list[str]:
+    """Return the layers that all models have."""
+    return [name for name in next(iter(models.values())) if all(name in layers for layers in models.values())]
+
+
+def draw(models: Models, threshold: float, path: Path) -> None:
+    """Draw the measures of each layer, the models overlaid."""
+    names = common_layers(models)
+    panels = {
+        'inhibited': f"Channels under {threshold:.0%} of their layer's mean contribution",
+        'entropy': 'Entropy of the contributions (1: all channels are equal)',
+        'off_diagonal_after': 'Off-diagonal share of the energy of the covariance',
+        'lambda': 'Lambda, the share of decorrelation; bars: gate, median and 5 to 95%; crosses: alpha',
+    }
+    count = 4 if any(layers[name].ce for layers in models.values() for name in names) else 2
+    figure = Figure(figsize=(6 + 0.2 * len(names), 1 + 2.75 * count), layout='constrained')
+    axes = figure.subplots(count, 1, sharex=True)
+    for index, (model, layers) in enumerate(models.items()):
+        style = dict(color=COLOURS[index % len(COLOURS)], marker=MARKERS[index % len(MARKERS)])
+        rows = [layers[name].measures(threshold) for name in names]
+        column = {key: np.array([row.get(key, np.nan) for row in rows]) for row in rows for key in row}
+        for axis, key in zip(axes, panels):
+            if key in column:
+                axis.plot(names, column[key], **style, label=model)
+            before = key.replace('_after', '') + '_before'
+            if before in column:
+                hollow = dict(style, linestyle='', markerfacecolor='none', label=f'{model}, before CE')
+                axis.plot(names, column[before], **hollow)
+        if 'lambda' in column:
+            middle, x = column['gate_50'], np.arange(len(names)) + 0.15 * (index + 1)
+            bars = [middle - column['gate_5'], column['gate_95'] - middle]
+            axes[3].errorbar(x, middle, bars, fmt='_', color=style['color'], alpha=0.6)
+        if 'alpha' in column:
+            axes[3].plot(names, column['alpha'], 'x', color=style['color'])
+    for axis, title in zip(axes, panels.values()):
+        axis.set_title(title)
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.25)
+    axes[0].yaxis.set_major_formatter(PercentFormatter(1))
+    axes[-1].tick_params('x', rotation=90)
+    figure.savefig(path, dpi=90)
 
 
 def main() -> None:
@@ -62,44 +123,27 @@ def main() -> None:
         help='a model to measure; once for each',
     )  # fmt: skip
     parser.add_argument('--num-images', type=int, default=100, help='(default: %(default)s)')
-    parser.add_argument(
-        '--relative-threshold', type=float, default=RELATIVE_THRESHOLD,
-        help="a channel is inhibited under this share of its layer's mean contribution (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        '--absolute-threshold', type=float, default=ABSOLUTE_THRESHOLD,
-        help='or under this contribution (default: %(default)s)',
-    )  # fmt: skip
+    text = "a channel is inhibited under this share of its layer's mean contribution (default: %(default)s)"
+    parser.add_argument('--threshold', type=float, default=INHIBITED_BELOW, help=text)
     parser.add_argument('--out-dir', type=Path, default=Path('work_dirs/channels'), help='(default: %(default)s)')
-    parser.add_argument(
-        '--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='(default: %(default)s)'
-    )
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='of every config')
     args = parser.parse_args()
-    if args.num_images < 1:
-        sys.exit(f'error: --num-images must be at least 1, got {args.num_images}')
     if len({name for name, *_ in args.model}) < len(args.model):
-        sys.exit('error: each --model needs a name of its own')
-    configs = []
+        parser.error('each --model needs a name of its own')
+    models = {}
     for name, config, checkpoint in args.model:
-        cfg = read_config(config, args.cfg_options, name)
-        cfg.pop('test_evaluator', None)  # nothing is evaluated
-        exit_on_problems(find_problems(cfg, 'test', checkpoint))
-        configs.append(cfg)
-    flush_denormals()
-    models: Models = {}
-    for (name, _, checkpoint), cfg in zip(args.model, configs):
-        init_default_scope(cfg.get('default_scope', 'mmdet'))
-        with exit_on(CheckpointFileError, ValueError):
-            models[name] = measure(name, cfg, checkpoint, args.num_images, args.device)
-    if not groups_of(models).keys() & {'ce', 'other'}:
-        sys.exit(f'error: {", ".join(models)} have no norm in common; expected backbones of one architecture')
-    summary = summarize_all(models, args)
-    print_table(summary, args)
+        cfg = read_config(config, args.cfg_options)
+        models[name] = measure(cfg, checkpoint, args.num_images, args.device)
+    print(table(models, args.threshold))
     args.out_dir.mkdir(parents=True, exist_ok=True)
-    write_files(models, summary, args)
-    draw(models, bottom_line(summary), args)
-    print(f'written: {", ".join(str(args.out_dir / f"channels.{end}") for end in ("json", "csv", "png"))}')
+    record = {
+        model: {name: {**layer.measures(args.threshold), 'contribution': layer.contribution.tolist()}
+                for name, layer in layers.items()}
+        for model, layers in models.items()
+    }  # fmt: skip
+    (args.out_dir / 'channels.json').write_text(json.dumps(record))
+    draw(models, args.threshold, args.out_dir / 'channels.png')
 
 
 if __name__ == '__main__':

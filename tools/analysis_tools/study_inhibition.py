@@ -2,144 +2,200 @@
 
     python tools/analysis_tools/study_inhibition.py TRAIN_FOLDER TEST_FOLDER --out-dir work_dirs/inhibition
 
-Trains each network with each weight decay and seed. A training that is finished in the output folder is not run again,
-so an interrupted study continues, and several commands with the same settings fill one folder. The table, results.json
-and inhibition.png show all that the folder holds.
+Trains each network with each weight decay and seed, on one thread. A training that is finished in the output folder is
+not run again, so an interrupted study continues. Prints a table and draws inhibition.png.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
+import statistics
 import sys
-import threading
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
-from typing import Any
+from typing import Any, Dict, List, Tuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from command_line import exit_on, flush_denormals, make_folder
-
+import mmcv
+import numpy as np
 import torch
-from inhibition_report import report
-from inhibition_training import Case, Settings, build_ce, classes_of, train
-from provenance import processor
-from trainings import write_json
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from mmengine.utils import scandir
+from torch import Tensor, nn
 
-from mmdet_ce import __version__
+from mmdet_ce import ChannelEquilibrium
+from mmdet_ce.channel_analysis import analyze_channels, inhibited_share
 
+# CE with T Newton steps, or one branch of it alone: batch decorrelation (bd), instance reweighting (ir)
 NETWORKS = ['plain', 'ce-t3', 'ce-t5', 'ce-t8', 'ce-t12', 'bd-t3', 'bd-t8', 'ir']
-WEIGHT_DECAYS = [0.0, 5e-4, 2e-3]
+BRANCH_THETA = {'bd': 30.0, 'ir': -30.0}  # lambda is then 1, or 1e-13
+CHANNELS, STRIDES = (32, 64, 128, 128), (2, 2, 1, 1)
+SIZE, PADDING = 16, 2  # height and width of the images, and what a random crop shifts them, in pixels
+BATCH_SIZE = 64
+# told apart with any kind of colour vision (Okabe and Ito)
+COLOURS = ['#000000', '#e69f00', '#56b4e9', '#009e73', '#0072b2', '#d55e00', '#cc79a7', '#999999']
+
+Images = Tuple[Tensor, Tensor]  # (N, 3, SIZE, SIZE), normalized; the classes, (N,)
+History = List[Dict[str, Any]]  # measures by epoch; the last is None if the training diverged
 
 
-def result_file(case: Case, out_dir: Path) -> Path:
-    """Return where the result of a training stands."""
-    return out_dir / f'{case.network}_wd{case.weight_decay:g}_seed{case.seed}.json'
+def build_network(name: str, num_classes: int) -> nn.Sequential:
+    """Return one of ``NETWORKS``: four layers of convolution, norm, CE and ReLU, average pooling, a classifier."""
+    kind, _, num_iterations = name.partition('-t')
+    layers = []
+    for in_channels, channels, stride in zip((3, *CHANNELS), CHANNELS, STRIDES):
+        ce = nn.Identity() if kind == 'plain' else ChannelEquilibrium(channels, num_iterations=int(num_iterations or 1))
+        if kind in BRANCH_THETA:
+            nn.init.constant_(ce.theta, BRANCH_THETA[kind])
+            ce.theta.requires_grad_(False)
+        conv = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
+        layers.append(nn.Sequential(conv, nn.BatchNorm2d(channels), ce, nn.ReLU()))
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(CHANNELS[-1], num_classes))
+    return nn.Sequential(nn.Sequential(*layers), head)
 
 
-def run(case: Case, settings: Settings, out_dir: Path) -> str:
-    """Train one case in a process of its own, on one thread; write its result; return a line about it."""
-    torch.set_num_threads(1)
-    flush_denormals()
-    environment = dict(machine=processor(), torch=torch.__version__, mmdet_ce=__version__)
-    result = dict(case=case._asdict(), settings=settings._asdict(), environment=environment, **train(case, settings))
-    write_json(result_file(case, out_dir), result)
-    return f'{", ".join(map(str, case))}: accuracy {result["accuracy"]:.3f}, inhibited {result["inhibited"]:.1%}'
+def read_images(root: Path, classes: list[str]) -> Images:
+    """Read the images of a folder that has a folder for each class."""
+    pixels, labels = [], []
+    for label, folder in enumerate(root / name for name in classes):
+        for name in sorted(scandir(folder, ('.jpg', '.jpeg', '.png', '.bmp'), case_sensitive=False)):
+            pixels.append(mmcv.imresize(mmcv.imread(folder / name), (SIZE, SIZE), interpolation='area'))
+            labels.append(label)
+    if len(labels) < BATCH_SIZE:
+        sys.exit(f'error: {root} has {len(labels)} images in folders by class; expected at least {BATCH_SIZE}')
+    stacked = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float()
+    return (stacked - 127.5) / 64, torch.tensor(labels)
 
 
-def end_with_parent() -> None:
-    """End this worker when the process that started it ends, however it does: else it would train on, and stay."""
-
-    def wait() -> None:
-        connection.wait([parent_process().sentinel])
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def run_all(cases: list[Case], settings: Settings, out_dir: Path, jobs: int) -> Iterator[str]:
-    """Train all cases, several at a time; iterate over the lines about them as they end."""
-    if jobs == 1:
-        yield from (run(case, settings, out_dir) for case in cases)
-        return
-    with ProcessPoolExecutor(jobs, mp_context=get_context('spawn'), initializer=end_with_parent) as pool:
-        for training in as_completed([pool.submit(run, case, settings, out_dir) for case in cases]):
-            yield training.result()
+def augmented_batches(images: Images, generator: torch.Generator) -> Iterator[Images]:
+    """Iterate over one epoch in random order, with random flips and crops. The images that fill no batch are left."""
+    pixels, labels = images
+    padded = F.pad(pixels, [PADDING] * 4)
+    for batch in torch.randperm(len(labels), generator=generator).split(BATCH_SIZE):
+        if len(batch) < BATCH_SIZE:
+            return
+        top, left = torch.randint(2 * PADDING + 1, (2, BATCH_SIZE), generator=generator)
+        rows, columns = top[:, None] + torch.arange(SIZE), left[:, None] + torch.arange(SIZE)  # (N, SIZE)
+        flip = torch.randint(2, (BATCH_SIZE, 1), generator=generator).bool()
+        columns = torch.where(flip, columns.flip(1), columns)
+        crops = padded[batch[:, None, None], :, rows[:, :, None], columns[:, None, :]]  # (N, SIZE, SIZE, 3)
+        yield crops.permute(0, 3, 1, 2).contiguous(), labels[batch]
 
 
-def finished(out_dir: Path, settings: Settings) -> dict[Case, dict[str, Any]]:
-    """Return the results that the folder holds.
+@torch.no_grad()
+def measure(network: nn.Sequential, images: Images) -> dict[str, Any]:
+    """Return the accuracy on the images, and what share of the channels is inhibited."""
+    pixels, labels = images
+    network.eval()
+    hits = torch.cat([network(chunk).argmax(1) for chunk in pixels.split(500)]) == labels
+    layers = analyze_channels(network[0], pixels.split(500)).values()
+    shares = [inhibited_share(layer.contribution) for layer in layers]
+    inhibited = float(np.average(shares, weights=CHANNELS))
+    return dict(accuracy=hits.double().mean().item(), inhibited=inhibited, inhibited_by_layer=shares)
 
-    Raises:
-        ValueError: If one of them was made with other settings, or is damaged.
-    """
+
+def train(network: nn.Sequential, args: argparse.Namespace, decay: float, seed: int, data: list[Images]) -> History:
+    """Train on the first images, measure on the second about 16 times; end where loss or weights are not finite."""
+    generator = torch.Generator().manual_seed(seed)
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, args.learning_rate, momentum=0.9, nesterov=True, weight_decay=decay)
+    num_steps = args.epochs * (len(data[0][1]) // BATCH_SIZE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
+    history = []
+    for epoch in range(1, args.epochs + 1):
+        network.train()
+        for pixels, labels in augmented_batches(data[0], generator):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(network(pixels), labels)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            if not loss.isfinite():
+                return [*history, None]
+        if not all(p.isfinite().all() for p in parameters):
+            return [*history, None]
+        if epoch % max(1, args.epochs // 16) == 0 or epoch == args.epochs:
+            history.append(dict(epoch=epoch, **measure(network, data[1])))
+    return history
+
+
+def run(args: argparse.Namespace) -> dict[tuple[str, float], list[History]]:
+    """Return the histories of all seeds by network and weight decay: read from the folder, or trained and written."""
+    classes = sorted(path.name for path in args.train.iterdir() if path.is_dir())
+    data = [read_images(folder, classes) for folder in (args.train, args.test)]
+    settings = dict(train=str(args.train), test=str(args.test), epochs=args.epochs, learning_rate=args.learning_rate)
+    args.out_dir.mkdir(parents=True, exist_ok=True)
     results = {}
-    for path in sorted(out_dir.glob('*_wd*_seed*.json')):
-        try:
-            result = json.loads(path.read_text())
-            case, others = Case(**result['case']), Settings(**result['settings'])
-            (result['environment'], result['history'], result['accuracy'])
-        except (ValueError, LookupError, TypeError) as error:
-            raise ValueError(
-                f'{path} is no result of this tool ({type(error).__name__}: {error}); remove it, or name another '
-                '--out-dir'
-            ) from None
-        if others != settings:
-            raise ValueError(f'{path} was trained with {others}, not with {settings}; name another --out-dir')
-        results[case] = result
+    # Seeds outermost: a study that is ended early has every network.
+    for seed, decay, name in [(s, d, n) for s in args.seeds for d in args.weight_decays for n in args.networks]:
+        path = args.out_dir / f'{name}_wd{decay:g}_seed{seed}.json'
+        if not path.exists():
+            torch.manual_seed(seed)
+            network = build_network(name, len(classes))
+            history = train(network, args, decay, seed, data)
+            path.with_suffix('.part').write_text(json.dumps(dict(settings=settings, history=history)))
+            path.with_suffix('.part').replace(path)
+            print(f'{path.stem}: {history[-1] or "diverged"}', flush=True)
+        result = json.loads(path.read_text())
+        if result['settings'] != settings:
+            sys.exit(f'error: {path} was trained with {result["settings"]}, not {settings}; name another --out-dir')
+        results.setdefault((name, decay), []).append(result['history'])
     return results
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('train', type=Path, help='the training images: a folder with a folder for each class')
-    parser.add_argument('test', type=Path, help='the images to measure with: the same')
-    parser.add_argument(
-        '--networks', nargs='+', default=NETWORKS,
-        help='plain; ce-tT, with T Newton steps; bd-tT or ir, one branch alone (default: %(default)s)',
-    )  # fmt: skip
-    parser.add_argument('--weight-decays', nargs='+', type=float, default=WEIGHT_DECAYS, help='(default: %(default)s)')
-    parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2], help='(default: %(default)s)')
-    parser.add_argument('--size', type=int, default=16, help='height and width in pixels (default: %(default)s)')
-    parser.add_argument('--epochs', type=int, default=160, help='(default: %(default)s)')
-    parser.add_argument('--batch-size', type=int, default=64, help='(default: %(default)s)')
-    parser.add_argument('--learning-rate', type=float, default=0.2, help='(default: %(default)s)')
-    parser.add_argument('--jobs', type=int, default=os.cpu_count(), help='trainings at a time (default: the cores)')
-    parser.add_argument('--out-dir', type=Path, default=Path('work_dirs/inhibition'), help='(default: %(default)s)')
-    args = parser.parse_args()
-    args.seeds = list(dict.fromkeys(args.seeds))
-    for name in ('seeds', 'weight_decays', 'epochs', 'batch_size', 'size', 'jobs', 'learning_rate'):
-        values = getattr(args, name)
-        lowest = 0 if name in ('seeds', 'weight_decays') else 1e-9
-        if min(values if isinstance(values, list) else [values]) < lowest:
-            parser.error(f'--{name.replace("_", "-")} must be {"at least" if lowest == 0 else "above"} 0, got {values}')
-    return args
+def table(results: dict[tuple[str, float], list[History]]) -> str:
+    """Return a table in Markdown: mean and standard deviation over the seeds, in percent."""
+    columns = [(key, decay) for key in ('inhibited', 'accuracy') for decay in dict.fromkeys(d for _, d in results)]
+    lines = [f'| network | {" | ".join(f"{key}, weight decay {decay:g}" for key, decay in columns)} |']
+    lines.append('| --- ' * (len(columns) + 1) + '|')
+    for name in dict.fromkeys(name for name, _ in results):
+        cells = [name]
+        for key, decay in columns:
+            last = [history[-1] for history in results[name, decay]]
+            values = [100 * measures[key] for measures in last if measures]
+            spread = f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else ''
+            cells.append('diverged' if None in last else f'{statistics.mean(values):.1f}{spread}%')
+        lines.append(f'| {" | ".join(cells)} |')
+    return '\n'.join(lines)
+
+
+def draw(results: dict[tuple[str, float], list[History]], path: Path) -> None:
+    """Draw both measures by epoch at the largest weight decay: means of the seeds, in bands from lowest to highest."""
+    largest = max(decay for _, decay in results)
+    runs = {n: h for (n, decay), h in results.items() if decay == largest and all(history[-1] for history in h)}
+    figure = Figure(figsize=(12, 4.25), layout='constrained')
+    axes = figure.subplots(1, 2)
+    for axis, key, title in zip(axes, ('inhibited', 'accuracy'), ('Inhibited channels', 'Accuracy')):
+        for (name, histories), colour in zip(runs.items(), COLOURS):
+            epochs = [measures['epoch'] for measures in histories[0]]
+            values = 100 * np.array([[measures[key] for measures in history] for history in histories])
+            axis.plot(epochs, values.mean(0), color=colour, label=name)
+            axis.fill_between(epochs, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
+        axis.set(title=f'{title}, weight decay {largest:g}', xlabel='epoch', ylabel='%')
+        axis.grid(alpha=0.3)
+        axis.spines[['top', 'right']].set_visible(False)
+    axes[1].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
     """Command line."""
-    args = parse_arguments()
-    settings = Settings(
-        str(args.train), str(args.test), args.size, args.epochs, args.batch_size, args.learning_rate
-    )  # fmt: skip
-    with exit_on(ValueError):
-        classes_of(settings)
-        for network in args.networks:
-            build_ce(network, 16)
-        done = finished(args.out_dir, settings)
-    make_folder(args.out_dir)
-    # Seeds outermost: a study that is ended early has every network.
-    cases = [Case(name, decay, seed) for seed in args.seeds for decay in args.weight_decays for name in args.networks]
-    cases = [case for case in cases if case not in done]
-    with exit_on(ValueError):
-        for index, line in enumerate(run_all(cases, settings, args.out_dir, args.jobs)):
-            print(f'[{index + 1}/{len(cases)}] {line}', flush=True)
-        results = finished(args.out_dir, settings)
-    report(results, settings._asdict(), args.out_dir)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('train', type=Path, help='the training images: a folder with a folder for each class')
+    parser.add_argument('test', type=Path, help='the images to measure with: the same')
+    parser.add_argument('--networks', nargs='+', default=NETWORKS, choices=NETWORKS)
+    parser.add_argument('--weight-decays', nargs='+', type=float, default=[0.0, 5e-4, 2e-3])
+    parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
+    parser.add_argument('--epochs', type=int, default=50)
+    parser.add_argument('--learning-rate', type=float, default=0.3)
+    parser.add_argument('--out-dir', type=Path, default=Path('work_dirs/inhibition'))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # gammas that decay below 1e-38 make a CPU slow
+    results = run(args)
+    print(table(results))
+    draw(results, args.out_dir / 'inhibition.png')
 
 
 if __name__ == '__main__':
