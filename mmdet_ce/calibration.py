@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Optional
+from typing import Any
 
+import numpy as np
 import torch
-from mmengine.dist import all_reduce, get_dist_info, is_distributed
+from mmengine.dist import all_reduce, get_dist_info
 from mmengine.model import is_model_wrapper
 from rich.progress import track
 from torch import Tensor, nn
@@ -37,48 +38,47 @@ def calibrate(model: nn.Module, batches: Iterable[Any], num_batches: int, with_b
     Raises:
         ValueError: If the model has no layer to calibrate, or there is no batch.
     """
-    if is_model_wrapper(model):
-        model = model.module
+    model = model.module if is_model_wrapper(model) else model
     backbone = getattr(model, 'backbone', model)
     kinds = (ChannelEquilibrium, _BatchNorm) if with_bn else (ChannelEquilibrium,)
     layers = [m for m in backbone.modules() if isinstance(m, kinds) and getattr(m, 'track_running_stats', True)]
     if not any(isinstance(m, ChannelEquilibrium) for m in layers):
         raise ValueError(f'{type(backbone).__name__} has no ChannelEquilibrium layer to calibrate')
-    running = {
-        (m, name): buffer
-        for m in layers
-        for name, buffer in m.named_buffers()
-        if buffer.is_floating_point()
-    }  # fmt: skip
     modes = {m: m.training for m in model.modules()}
     momenta = {m: m.momentum for m in layers}
-    before = {(m, name): buffer.clone() for m in layers for name, buffer in m.named_buffers()}
-    sums = {key: torch.zeros_like(buffer, dtype=torch.float64) for key, buffer in running.items()}
-    count, finished = 0, False
+    buffers = [buffer for m in layers for buffer in m.buffers()]
+    results = [buffer.clone() for buffer in buffers]
+    count, sums = 0, [np.zeros(buffer.shape) for buffer in buffers]  # in numpy: some devices have no float64
     try:
         model.eval()
         for m in layers:
             m.train()
             m.momentum = 1.0  # so that the running values are the batch's own
         for batch in _limited(batches, num_batches):
-            for buffer in running.values():
+            for buffer in buffers:
                 buffer.zero_()  # a NaN would survive the update, even with momentum 1
             backbone(_images(model, batch))
-            for key, buffer in running.items():
-                sums[key] += buffer
+            for total, buffer in zip(sums, buffers):
+                total += _array(buffer)
             count += 1
         if not count:
             raise ValueError('no batch to calibrate with: the data loader is empty or num_batches is 0')
-        finished = True
+        for result, total in zip(results, sums):
+            if result.is_floating_point():  # not BatchNorm's count of batches
+                result.copy_(torch.from_numpy((total / count).astype(_array(result).dtype)))
+                all_reduce(result, op='mean')
     finally:
         for m, training in modes.items():
             m.training = training
         for m, momentum in momenta.items():
             m.momentum = momentum
-        for (m, name), value in before.items():
-            is_set = finished and (m, name) in sums
-            m.get_buffer(name).copy_(_mean(sums[m, name], count) if is_set else value)
+        for buffer, result in zip(buffers, results):
+            buffer.copy_(result)
     return count
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    return tensor.to('cpu', torch.promote_types(tensor.dtype, torch.float32)).numpy()  # numpy has no bfloat16
 
 
 def _limited(batches: Iterable[Any], num_batches: int) -> Iterable[Any]:
@@ -91,14 +91,7 @@ def _limited(batches: Iterable[Any], num_batches: int) -> Iterable[Any]:
 
 def _images(model: nn.Module, batch: Any) -> Tensor:
     """Return a batch's image tensor as the model sees it in training."""
-    preprocessor: Optional[nn.Module] = getattr(model, 'data_preprocessor', None)
+    preprocessor = getattr(model, 'data_preprocessor', None)
     if isinstance(batch, Tensor) or preprocessor is None:
         return batch
     return preprocessor(batch, True)['inputs']
-
-
-def _mean(total: Tensor, count: int) -> Tensor:
-    mean = total / count
-    if is_distributed():
-        all_reduce(mean, op='mean')
-    return mean

@@ -29,9 +29,7 @@ def report_load(backbone: nn.Module, state_dict: Mapping[str, Tensor], prefix: s
         return
     name = f'{type(backbone).__name__}-{backbone.depth}' if hasattr(backbone, 'depth') else type(backbone).__name__
     if reshaped := [key for key in ce if given.get(key, own[key]) != own[key]]:
-        raise RuntimeError(
-            f'{name}: CE tensors have another shape in the checkpoint; {_difference(own, given, reshaped)}'
-        )
+        raise RuntimeError(f'{name}: {_difference(own, given, reshaped)}')
     num_loaded, num_missing = sum(given.get(key) == own[key] for key in own), sum(key not in given for key in ce)
     text = f'{name}: {num_loaded} of {len(own)} tensors loaded, {num_missing} of {len(ce)} CE tensors missing, '
     text += f'{len(unexpected)} unexpected{f" (like {unexpected[0]!r})" if unexpected else ""}: '
@@ -63,11 +61,11 @@ def _difference(own: Mapping[str, Size], given: Mapping[str, Size], reshaped: li
     argument = 'expected weights of this architecture'
     for key in reshaped:
         theirs, ours = given[key], own[key]
-        if key.endswith('bd.running_whitening') and len(theirs) == 3 and theirs[1] != ours[1]:
+        if key.endswith('bd.running_mean') and len(theirs) == 3 and theirs.numel() == ours.numel():
             argument = f'num_channels: {theirs[1]} in the file, {ours[1]} here'
         elif key.endswith('ir.fc1.weight') and theirs[1:] == ours[1:] and theirs[0]:
             argument = f'reduction: {ours[1] // theirs[0]} in the file, {ours[1] // ours[0]} here'
-    return f'{argument} ({key}: {tuple(theirs)} in the file, {tuple(ours)} here)'
+    return f'CE has another shape in the file; {argument} ({key}: {tuple(theirs)} in the file, {tuple(ours)} here)'
 
 
 def _nothing_matches(own: Mapping[str, Size], state_dict: Mapping[str, Tensor], prefix: str) -> str:
@@ -89,7 +87,4 @@ def _meaning(ce: list[str], num_missing: int) -> str:
         return 'CE is loaded in part; what is missing keeps its values.'
     if sum(key.endswith('.alpha') for key in ce) == sum(key.endswith('.theta') for key in ce):
         return 'plain weights; CE starts as the identity and grows in.'
-    return (
-        'plain weights under an untrained CE, which disturbs every block that has it; use weights trained with CE, or '
-        'identity_start=True.'
-    )
+    return 'plain weights under an untrained CE, which disturbs its blocks; use weights with CE or identity_start=True.'
