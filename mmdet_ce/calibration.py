@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,9 @@ from .layers import ChannelEquilibrium
 def calibrate(model: nn.Module, batches: Iterable[Any], num_batches: int, with_bn: bool = False) -> int:
     """Set CE's running statistics to their mean over batches of training data.
 
-    Every layer that is calibrated works on the statistics of the batch meanwhile, as it does in training, so what it
-    sees does not depend on its running values, and the result not on the order of the batches: it is the mean in
-    float64, where training keeps a moving average that forgets. Ranks are averaged. Parameters, other buffers and the
-    modes of all modules are left as they were.
+    Meanwhile every layer that is calibrated works on the statistics of the batch, as it does in training. So the
+    result is the exact mean, whatever the order of the batches. Training keeps a moving average, which forgets. Ranks
+    are averaged. Parameters, other buffers and the modes of all modules are left as they were.
 
     Args:
         model: An mmdet detector (its backbone is run, after its data preprocessor), or a backbone whose batches are
@@ -83,10 +83,8 @@ def _array(tensor: Tensor) -> np.ndarray:
 
 def _limited(batches: Iterable[Any], num_batches: int) -> Iterable[Any]:
     """Iterate over the first batches, with a progress bar on the first rank."""
-    iterator = (batch for _, batch in zip(range(num_batches), batches))
-    length = getattr(batches, '__len__', None)
-    total = min(num_batches, length()) if length else num_batches
-    return track(iterator, 'calibrating', total=total, disable=get_dist_info()[0] != 0)
+    total = min(num_batches, len(batches)) if hasattr(batches, '__len__') else num_batches
+    return track(islice(batches, num_batches), 'calibrating', total=total, disable=get_dist_info()[0] != 0)
 
 
 def _images(model: nn.Module, batch: Any) -> Tensor:

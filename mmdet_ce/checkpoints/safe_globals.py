@@ -7,6 +7,7 @@ in a file gets a class or function of this module, which makes only what a check
 
 from __future__ import annotations
 
+from pickle import UnpicklingError
 from typing import Any, Callable, Union
 
 import numpy as np
@@ -32,7 +33,7 @@ class _Dtype:
 
     def __init__(self, code: str, *_: Any) -> None:
         if code not in NUMBERS:
-            raise ValueError(f'the checkpoint has an array of type {code!r}; expected numbers')
+            raise UnpicklingError(f'the checkpoint has an array of type {code!r}; expected numbers')
         self.dtype = np.dtype(code)
 
     def __setstate__(self, state: tuple) -> None:
@@ -59,7 +60,7 @@ class _OneCycle:
 
 def _real(dtype: _Dtype) -> np.dtype:
     if type(dtype) is not _Dtype:
-        raise ValueError(f'the checkpoint has an array whose type is a {type(dtype).__name__}')
+        raise UnpicklingError(f'the checkpoint has an array whose type is a {type(dtype).__name__}')
     return dtype.dtype
 
 
@@ -73,7 +74,7 @@ def _getattr(owner: type, name: str) -> Callable:
         return getattr(HistoryBuffer, name)
     if owner is _OneCycle and name in ('_annealing_cos', '_annealing_linear'):
         return getattr(OneCycleParamScheduler, name)
-    raise ValueError(f'the checkpoint asks for the attribute {name!r} of {owner!r}')
+    raise UnpicklingError(f'the checkpoint asks for the attribute {name!r} of {owner!r}')
 
 
 def _name_of(cls: type) -> str:
