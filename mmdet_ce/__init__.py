@@ -10,7 +10,7 @@ from .version import __version__
 check_environment()
 
 from .backbones import CEMobileNetV2, CEResNet, CEResNetV1d, CEResNeXt  # noqa: E402
-from .checkpoints import admit_training_checkpoints  # noqa: E402
+from .checkpoints.safe_globals import admit_training_checkpoints  # noqa: E402
 from .hooks import CECalibrationHook, ChannelStatisticsHook  # noqa: E402
 from .layers import ChannelEquilibrium  # noqa: E402
 

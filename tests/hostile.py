@@ -50,7 +50,6 @@ def forged() -> dict[str, Any]:
     return {
         'objects from bytes': Calls(empty[0], *empty[1], state=(1, (1,), pointers, False, b'\x10' * 8)),
         'a dtype with fields': Calls(empty[0], *empty[1], state=(1, (1,), fields, False, b'\x10' * 8)),
-        'a dtype of another kind': Calls(empty[0], *empty[1], state=(1, (2,), torch.zeros(1), False, b'\x10' * 8)),
         'the methods of a class': Calls(
             HistoryBuffer, state=dict(histories, statistics_methods=dict(mean=HistoryBuffer.max))
         ),

@@ -2,12 +2,5 @@
 
 from .files import AtomicLocalBackend, read_checkpoint, write_checkpoint
 from .official import convert_official_state_dict
-from .safe_globals import admit_training_checkpoints
 
-__all__ = [
-    'AtomicLocalBackend',
-    'admit_training_checkpoints',
-    'convert_official_state_dict',
-    'read_checkpoint',
-    'write_checkpoint',
-]
+__all__ = ['AtomicLocalBackend', 'convert_official_state_dict', 'read_checkpoint', 'write_checkpoint']

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and read as data."""
+"""Checkpoint files: written whole or not at all, read as data."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from ..compat import TORCH
 
 @register_backend('atomic')
 class AtomicLocalBackend(LocalBackend):
-    """mmengine's backend for local files, except that a file is written beside its place and then moved there.
+    """mmengine's local files, written beside their place and then moved there.
 
     Example:
         >>> default_hooks = dict(checkpoint=dict(backend_args=dict(backend='atomic')))
     """
 
     def put(self, obj: bytes, filepath: Union[str, Path]) -> None:
-        """Write bytes to ``filepath``."""
+        """Write bytes to ``filepath``, whole or not at all."""
         path = Path(filepath)
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f'.{path.name}.tmp')
@@ -36,16 +36,9 @@ class AtomicLocalBackend(LocalBackend):
         finally:
             beside.unlink(missing_ok=True)
 
-    def put_text(self, obj: str, filepath: Union[str, Path], encoding: str = 'utf-8') -> None:
-        """Write text to ``filepath``."""
-        self.put(obj.encode(encoding), filepath)
-
 
 def read_checkpoint(path: Union[str, Path]) -> Any:
-    """Read a checkpoint, with torch's weights-only unpickler where it can.
-
-    torch < 2.6 cannot read a training's checkpoint that way, and unpickles it, as mmengine does.
-    """
+    """Read a checkpoint as data. torch < 2.6 cannot for that of a training, and unpickles it, as mmengine does."""
     try:
         return torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError:

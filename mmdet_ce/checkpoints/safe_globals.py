@@ -1,14 +1,14 @@
 """Let torch's weights-only unpickler read what mmengine's training checkpoints hold beside tensors.
 
-These are mmengine's histories of the log, numpy's arrays and numbers, and a formula of the one-cycle schedule. The real
+These are histories of the log, numpy's arrays and numbers, and the formulas of the one-cycle schedule. The real
 ``getattr``, ``numpy.ndarray`` and ``numpy.dtype`` must never be admitted: with them a file can run code. So each name
-in a file gets a class or function of this module, which makes only what a checkpoint needs.
+in a file means a class or function of this module, which makes only what a checkpoint needs.
 """
 
 from __future__ import annotations
 
 from pickle import UnpicklingError
-from typing import Any, Callable, Union
+from typing import Any, Callable
 
 import numpy as np
 import torch
@@ -21,69 +21,57 @@ NUMBERS = {np.dtype(code).str[1:] for code in '?bhilqBHILQefdFD'}  # 'f8' for in
 
 
 class _History(HistoryBuffer):
-    """Becomes a HistoryBuffer with the numbers of a file. The functions in the file are dropped: the class has them."""
-
     def __setstate__(self, state: dict) -> None:
         self.__init__(state['_log_history'], state['_count_history'], state['max_length'])
         self.__class__ = HistoryBuffer
 
 
-class _Dtype:
-    """A dtype of numbers: without objects and fields, which read memory as pointers."""
+class _OneCycle:
+    pass
 
+
+class _Dtype:
     def __init__(self, code: str, *_: Any) -> None:
-        if code not in NUMBERS:
+        if code not in NUMBERS:  # objects and fields would read memory as pointers
             raise UnpicklingError(f'the checkpoint has an array of type {code!r}; expected numbers')
-        self.dtype = np.dtype(code)
+        self.real = np.dtype(code)
 
     def __setstate__(self, state: tuple) -> None:
-        self.dtype = self.dtype.newbyteorder(state[1])
+        self.real = self.real.newbyteorder(state[1])
 
 
 class _Array(np.ndarray):
-    """An array of numbers. The file makes it empty and fills it later."""
-
     def __new__(cls, *_: Any) -> _Array:
-        return super().__new__(cls, 0, 'b1')
+        return super().__new__(cls, 0, 'b1')  # the file fills it later
 
     def __setstate__(self, state: tuple) -> None:
         version, shape, dtype, is_fortran, data = state
-        super().__setstate__((version, shape, _real(dtype), is_fortran, data))
+        super().__setstate__((version, shape, dtype.real, is_fortran, data))
 
-    def __reduce__(self) -> tuple:  # so that no file names this class
-        return np.asarray(self).__reduce__()
-
-
-class _OneCycle:
-    """OneCycleParamScheduler as the owner of its formulas."""
-
-
-def _real(dtype: _Dtype) -> np.dtype:
-    if type(dtype) is not _Dtype:
-        raise UnpicklingError(f'the checkpoint has an array whose type is a {type(dtype).__name__}')
-    return dtype.dtype
+    def __reduce__(self) -> tuple:
+        return np.asarray(self).__reduce__()  # so that no file names this class
 
 
 def _scalar(dtype: _Dtype, data: bytes) -> np.number:
-    (value,) = np.frombuffer(data, _real(dtype))
+    (value,) = np.frombuffer(data, dtype.real)
     return value
 
 
+FUNCTIONS = {
+    **{(_History, name): getattr(HistoryBuffer, name) for name in ('min', 'max', 'current', 'mean')},
+    **{(_OneCycle, name): getattr(OneCycleParamScheduler, name) for name in ('_annealing_cos', '_annealing_linear')},
+}
+
+
 def _getattr(owner: type, name: str) -> Callable:
-    if owner is _History and name in ('min', 'max', 'current', 'mean'):
-        return getattr(HistoryBuffer, name)
-    if owner is _OneCycle and name in ('_annealing_cos', '_annealing_linear'):
-        return getattr(OneCycleParamScheduler, name)
-    raise UnpicklingError(f'the checkpoint asks for the attribute {name!r} of {owner!r}')
+    if (owner, name) not in FUNCTIONS:
+        raise UnpicklingError(f'the checkpoint asks for the attribute {name!r} of {owner!r}')
+    return FUNCTIONS[owner, name]
 
 
-def _name_of(cls: type) -> str:
-    return f'{cls.__module__}.{cls.__qualname__}'
-
-
-SAFE_GLOBALS: list[tuple[Union[type, Callable], str]] = [
-    (_History, _name_of(HistoryBuffer)),
-    (_OneCycle, _name_of(OneCycleParamScheduler)),
+SAFE_GLOBALS = [
+    (_History, 'mmengine.logging.history_buffer.HistoryBuffer'),
+    (_OneCycle, 'mmengine.optim.scheduler.param_scheduler.OneCycleParamScheduler'),
     (_getattr, 'builtins.getattr'),
     (bytes, 'builtins.bytes'),  # of an empty array
     (_Array, 'numpy.ndarray'),
