@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from itertools import islice
 from typing import Any
@@ -19,30 +20,27 @@ from .layers import ChannelEquilibrium
 
 @torch.no_grad()
 def calibrate(model: nn.Module, batches: Iterable[Any], num_batches: int, with_bn: bool = False) -> int:
-    """Set CE's running statistics to their mean over batches of training data.
+    """Set CE's running statistics to their mean over batches of training data; return the number of batches.
 
     Meanwhile every layer that is calibrated works on the statistics of the batch, as it does in training. So the
     result is the exact mean, whatever the order of the batches. Training keeps a moving average, which forgets. Ranks
     are averaged. Parameters, other buffers and the modes of all modules are left as they were.
 
     Args:
-        model: An mmdet detector (its backbone is run, after its data preprocessor), or a backbone whose batches are
-            image tensors, (N, 3, H, W).
-        batches: Batches of the training data loader; at most ``num_batches`` are taken.
+        model: A detector of mmdet, or a backbone, whose batches are image tensors, (N, 3, H, W).
+        batches: Batches of the training data loader.
         num_batches: Batches to average over, on each rank.
         with_bn: Whether to set the running mean and variance of the backbone's BatchNorms, too.
 
-    Returns:
-        The batches averaged over, which are fewer if the data ended.
-
     Raises:
-        ValueError: If the model has no layer to calibrate, or there is no batch.
+        ValueError: If there is no layer to calibrate, no batch, or one whose statistics are not finite.
     """
     model = model.module if is_model_wrapper(model) else model
     backbone = getattr(model, 'backbone', model)
     kinds = (ChannelEquilibrium, _BatchNorm) if with_bn else (ChannelEquilibrium,)
     layers = [m for m in backbone.modules() if isinstance(m, kinds) and getattr(m, 'track_running_stats', True)]
-    if not any(isinstance(m, ChannelEquilibrium) for m in layers):
+    ce_layers = [m for m in layers if isinstance(m, ChannelEquilibrium)]
+    if not ce_layers:
         raise ValueError(f'{type(backbone).__name__} has no ChannelEquilibrium layer to calibrate')
     modes = {m: m.training for m in model.modules()}
     momenta = {m: m.momentum for m in layers}
@@ -58,6 +56,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any], num_batches: int, with_b
             for buffer in buffers:
                 buffer.zero_()  # a NaN would survive the update, even with momentum 1
             backbone(_images(model, batch))
+            if not all(0 < ce.ir.running_scale < math.inf for ce in ce_layers):
+                raise ValueError(f'batch {count + 1} has statistics that are not finite; look at its images')
             for total, buffer in zip(sums, buffers):
                 total += _array(buffer)
             count += 1

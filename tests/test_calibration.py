@@ -109,6 +109,15 @@ def test_nothing_to_calibrate():
         calibrate(make(), [], 1)
 
 
+def test_a_batch_that_is_not_finite_is_refused():
+    backbone = make()
+    before, batches = copy.deepcopy(statistics(backbone)), images(2)
+    batches[1][0, 0, 0, 0] = float('inf')
+    with pytest.raises(ValueError, match='batch 2 has statistics that are not finite'):
+        calibrate(backbone, batches, 2)
+    assert all(torch.equal(value, before[key]) for key, value in statistics(backbone).items())
+
+
 def test_evaluation_agrees_with_training_after_calibration():
     """To rounding on the batch calibrated on; over several batches within 0.2 % of the outputs' energy."""
     backbone, batches = make(norm_eval=True, ce_eval=False, frozen_stages=-1), images(6)
