@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmdet_ce import CEResNet, ChannelEquilibrium
+from mmdet_ce import CEResNet
 from mmdet_ce.checkpoints.official import BLOCK_NAMES, convert_official_state_dict
 
 
@@ -27,13 +27,6 @@ def test_whole_network(prefix, wrapped):
     converted = convert_official_state_dict({'epoch': 3, 'state_dict': state} if wrapped else state)
     backbone.load_state_dict(converted, strict=True)
     assert any(key.endswith('.x_weight') for key in state) and not any('fc.' == key[:3] for key in converted)
-
-
-@pytest.mark.parametrize('prefix', ['', 'module.'])
-def test_one_block(prefix):
-    block = ChannelEquilibrium(32)
-    state = {prefix + name: block.state_dict()[ours] for name, ours in BLOCK_NAMES.items()}
-    ChannelEquilibrium(32).load_state_dict(convert_official_state_dict(state), strict=True)
 
 
 def test_plain_checkpoint_is_refused():

@@ -39,10 +39,7 @@ def test_a_file_in_the_cache_of_torch_hub(tmp_path):
     cached.parent.mkdir(parents=True)
     marker = tmp_path / 'marker'
     torch.save({'state_dict': {}, 'payload': hostile.live(marker)['os.system']}, cached)
-    result = subprocess.run(
-        [sys.executable, '-W', 'ignore', '-c', CODE, f'open-mmlab://{ADDRESS}', marker],
-        capture_output=True,
-        text=True,
-        env=dict(PATH='/usr/bin:/bin', TORCH_HOME=str(tmp_path), PYTHONPATH=f'{ROOT / "tools"}:{ROOT}'),
-    )
+    env = dict(PATH='/usr/bin:/bin', TORCH_HOME=str(tmp_path), PYTHONPATH=f'{ROOT / "tools"}:{ROOT}')
+    command = [sys.executable, '-W', 'ignore', '-c', CODE, f'open-mmlab://{ADDRESS}', marker]
+    result = subprocess.run(command, capture_output=True, text=True, env=env)
     assert result.stdout.splitlines()[-2:] == ['refused False', 'loaded True'], result.stderr
