@@ -18,34 +18,31 @@ from tool_runs import DEMO, MMDET_TOOLS, SMALL
 
 from mmdet_ce.checkpoints import read_checkpoint
 
-
-@pytest.fixture
-def backend():
-    return get_file_backend(backend_args=dict(backend='atomic'))
+BACKEND = get_file_backend(backend_args=dict(backend='atomic'))
 
 
-def test_a_file_takes_its_place_when_it_is_whole(backend, tmp_path, monkeypatch):
+def test_a_file_takes_its_place_when_it_is_whole(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise PermissionError(1, 'Operation not permitted')
 
     monkeypatch.setattr(os, 'chmod', refuse)  # as some mounted shares do
     path, link = tmp_path / 'new' / 'a.pth', tmp_path / 'link'
-    backend.put(b'one', path)
+    BACKEND.put(b'one', path)
     os.link(path, link)
-    backend.put(b'two', str(path))
+    BACKEND.put(b'two', str(path))
     assert path.read_bytes() == b'two' and link.read_bytes() == b'one', 'it was written in place'
     assert os.listdir(path.parent) == ['a.pth']
 
 
-def test_what_was_there_stays_where_writing_fails(backend, tmp_path):
+def test_what_was_there_stays_where_writing_fails(tmp_path):
     path = tmp_path / 'a.pth'
-    backend.put(b'one', path)
+    BACKEND.put(b'one', path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
         with pytest.raises(OSError, match='too large'):
-            backend.put(bytes(2000), path)
+            BACKEND.put(bytes(2000), path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, before)

@@ -21,6 +21,11 @@ from mmdet_ce.compat import TORCH
 pytestmark = pytest.mark.skipif(TORCH < (2, 6), reason='torch < 2.6 unpickles checkpoints')
 
 
+@pytest.fixture(autouse=True)
+def _as_without_the_tools(monkeypatch):
+    monkeypatch.delenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', raising=False)
+
+
 class Numbers(Hook):
     """Puts numbers of numpy where mmengine's own hooks put the numbers of metrics."""
 
