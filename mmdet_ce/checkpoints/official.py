@@ -18,7 +18,6 @@ BLOCK_NAMES = {
     'AR.fc.1.bias': 'ir.norm.bias',
     'AR.fc.3.weight': 'ir.fc2.weight',
 }
-# a tensor of CE in the released network, or in a block alone
 CE = re.compile(rf'((?:ce1|layer\d+\.\d+\.ce)\.|)({"|".join(map(re.escape, BLOCK_NAMES))})')
 
 
