@@ -83,7 +83,7 @@ def test_a_training_loads_equal_to_its_pickle(trained, tmp_path):
     assert type(loaded['param_schedulers'][2]['milestones']) is Counter
     assert_same(loaded, torch.load(path, weights_only=False))
     torch.save(loaded, tmp_path / 'again.pth')
-    assert_same(loaded, torch.load(tmp_path / 'again.pth', weights_only=False))
+    assert_same(loaded, torch.load(tmp_path / 'again.pth'))
 
 
 def test_beside_the_real_names_that_a_user_admitted(trained):
