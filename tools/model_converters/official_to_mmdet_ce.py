@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import sys
 from pathlib import Path
-
-from command_line import exit_on_problems
 
 import torch
 
@@ -43,7 +42,7 @@ def main() -> None:
     try:
         count = convert(args.source, args.destination, args.depth)
     except (OSError, ValueError) as error:
-        exit_on_problems([str(error)])
+        sys.exit(f'error: {error}')
     print(f'{args.destination}: {count} tensors, 0 missing, 0 unexpected; the classifier was left out')
 
 

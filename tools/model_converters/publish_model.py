@@ -8,9 +8,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
+import sys
 from pathlib import Path
-
-from command_line import exit_on_problems
 
 import torch
 
@@ -50,7 +49,7 @@ def main() -> None:
     try:
         named = publish(args.source, args.destination)
     except (OSError, ValueError) as error:
-        exit_on_problems([str(error)])
+        sys.exit(f'error: {error}')
     before, after = args.source.stat().st_size / 1e6, named.stat().st_size / 1e6
     print(f'{named}: {after:.1f} MB, {before:.1f} before')
 
