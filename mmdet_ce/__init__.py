@@ -1,6 +1,7 @@
 """Channel Equilibrium backbones for MMDetection.
 
-Importing the package registers them in ``mmdet.registry.MODELS``, and lets mmengine read checkpoints as data.
+Importing the package registers them in ``mmdet.registry.MODELS``, and lets ``torch.load`` read mmengine's checkpoints
+as data.
 """
 
 from .environment import check_environment
@@ -9,16 +10,13 @@ from .version import __version__
 check_environment()
 
 from .backbones import CEMobileNetV2, CEResNet, CEResNetV1d, CEResNeXt  # noqa: E402
-from .checkpoints import register_loaders  # noqa: E402
-from .compat import warn_of_torch_load  # noqa: E402
-from .hooks import AtomicCheckpointHook, CECalibrationHook, ChannelStatisticsHook  # noqa: E402
+from .checkpoints.safe_globals import admit_training_checkpoints  # noqa: E402
+from .hooks import CECalibrationHook, ChannelStatisticsHook  # noqa: E402
 from .layers import ChannelEquilibrium  # noqa: E402
 
-register_loaders()
-warn_of_torch_load()
+admit_training_checkpoints()
 
 __all__ = [
-    'AtomicCheckpointHook',
     'CECalibrationHook',
     'CEMobileNetV2',
     'CEResNeXt',

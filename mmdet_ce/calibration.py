@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from typing import Any, Optional
+from itertools import islice
+from typing import Any
 
+import numpy as np
 import torch
-from mmengine.dist import all_reduce, get_dist_info, is_distributed
+from mmengine.dist import all_reduce, get_dist_info
 from mmengine.model import is_model_wrapper
 from rich.progress import track
 from torch import Tensor, nn
@@ -17,88 +20,76 @@ from .layers import ChannelEquilibrium
 
 @torch.no_grad()
 def calibrate(model: nn.Module, batches: Iterable[Any], num_batches: int, with_bn: bool = False) -> int:
-    """Set CE's running statistics to their mean over batches of training data.
+    """Set CE's running statistics to their mean over batches of training data; return the number of batches.
 
-    Every layer that is calibrated works on the statistics of the batch meanwhile, as it does in training, so what it
-    sees does not depend on its running values, and the result not on the order of the batches: it is the mean in
-    float64, where training keeps a moving average that forgets. Ranks are averaged. Parameters, other buffers and the
-    modes of all modules are left as they were.
+    Meanwhile every layer that is calibrated works on the statistics of the batch, as it does in training. So the
+    result is the exact mean, whatever the order of the batches. Training keeps a moving average, which forgets. Ranks
+    are averaged. Parameters, other buffers and the modes of all modules are left as they were.
 
     Args:
-        model: An mmdet detector (its backbone is run, after its data preprocessor), or a backbone whose batches are
-            image tensors, (N, 3, H, W).
-        batches: Batches of the training data loader; at most ``num_batches`` are taken.
+        model: A detector of mmdet, or a backbone, whose batches are image tensors, (N, 3, H, W).
+        batches: Batches of the training data loader.
         num_batches: Batches to average over, on each rank.
         with_bn: Whether to set the running mean and variance of the backbone's BatchNorms, too.
 
-    Returns:
-        The batches averaged over, which are fewer if the data ended.
-
     Raises:
-        ValueError: If the model has no layer to calibrate, or there is no batch.
+        ValueError: If there is no layer to calibrate, no batch, or one whose statistics are not finite.
     """
-    if is_model_wrapper(model):
-        model = model.module
+    model = model.module if is_model_wrapper(model) else model
     backbone = getattr(model, 'backbone', model)
     kinds = (ChannelEquilibrium, _BatchNorm) if with_bn else (ChannelEquilibrium,)
     layers = [m for m in backbone.modules() if isinstance(m, kinds) and getattr(m, 'track_running_stats', True)]
-    if not any(isinstance(m, ChannelEquilibrium) for m in layers):
+    ce_layers = [m for m in layers if isinstance(m, ChannelEquilibrium)]
+    if not ce_layers:
         raise ValueError(f'{type(backbone).__name__} has no ChannelEquilibrium layer to calibrate')
-    running = {
-        (m, name): buffer
-        for m in layers
-        for name, buffer in m.named_buffers()
-        if buffer.is_floating_point()
-    }  # fmt: skip
     modes = {m: m.training for m in model.modules()}
     momenta = {m: m.momentum for m in layers}
-    before = {(m, name): buffer.clone() for m in layers for name, buffer in m.named_buffers()}
-    sums = {key: torch.zeros_like(buffer, dtype=torch.float64) for key, buffer in running.items()}
-    count, finished = 0, False
+    buffers = [buffer for m in layers for buffer in m.buffers()]
+    results = [buffer.clone() for buffer in buffers]
+    count, sums = 0, [np.zeros(buffer.shape) for buffer in buffers]  # in numpy: some devices have no float64
     try:
         model.eval()
         for m in layers:
             m.train()
             m.momentum = 1.0  # so that the running values are the batch's own
         for batch in _limited(batches, num_batches):
-            for buffer in running.values():
+            for buffer in buffers:
                 buffer.zero_()  # a NaN would survive the update, even with momentum 1
             backbone(_images(model, batch))
-            for key, buffer in running.items():
-                sums[key] += buffer
+            if not all(0 < ce.ir.running_scale < math.inf for ce in ce_layers):
+                raise ValueError(f'batch {count + 1} has statistics that are not finite; look at its images')
+            for total, buffer in zip(sums, buffers):
+                total += _array(buffer)
             count += 1
         if not count:
             raise ValueError('no batch to calibrate with: the data loader is empty or num_batches is 0')
-        finished = True
+        for result, total in zip(results, sums):
+            if result.is_floating_point():  # not BatchNorm's count of batches
+                result.copy_(torch.from_numpy((total / count).astype(_array(result).dtype)))
+                all_reduce(result, op='mean')
     finally:
         for m, training in modes.items():
             m.training = training
         for m, momentum in momenta.items():
             m.momentum = momentum
-        for (m, name), value in before.items():
-            is_set = finished and (m, name) in sums
-            m.get_buffer(name).copy_(_mean(sums[m, name], count) if is_set else value)
+        for buffer, result in zip(buffers, results):
+            buffer.copy_(result)
     return count
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    return tensor.to('cpu', torch.promote_types(tensor.dtype, torch.float32)).numpy()  # numpy has no bfloat16
 
 
 def _limited(batches: Iterable[Any], num_batches: int) -> Iterable[Any]:
     """Iterate over the first batches, with a progress bar on the first rank."""
-    iterator = (batch for _, batch in zip(range(num_batches), batches))
-    length = getattr(batches, '__len__', None)
-    total = min(num_batches, length()) if length else num_batches
-    return track(iterator, 'calibrating', total=total, disable=get_dist_info()[0] != 0)
+    total = min(num_batches, len(batches)) if hasattr(batches, '__len__') else num_batches
+    return track(islice(batches, num_batches), 'calibrating', total=total, disable=get_dist_info()[0] != 0)
 
 
 def _images(model: nn.Module, batch: Any) -> Tensor:
     """Return a batch's image tensor as the model sees it in training."""
-    preprocessor: Optional[nn.Module] = getattr(model, 'data_preprocessor', None)
+    preprocessor = getattr(model, 'data_preprocessor', None)
     if isinstance(batch, Tensor) or preprocessor is None:
         return batch
     return preprocessor(batch, True)['inputs']
-
-
-def _mean(total: Tensor, count: int) -> Tensor:
-    mean = total / count
-    if is_distributed():
-        all_reduce(mean, op='mean')
-    return mean

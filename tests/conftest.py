@@ -6,9 +6,6 @@ import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
-import hostile
-import hostile_costly
-import hostile_forged
 import pytest
 import torch
 from mmdet.utils import register_all_modules
@@ -61,16 +58,3 @@ def coco_tiny() -> Path:
     if not folder.is_dir():
         pytest.skip(f'COCO subset not found at {folder}')
     return folder
-
-
-@pytest.fixture(scope='session')
-def hostile_files(tmp_path_factory) -> tuple[dict[str, Path], Path]:
-    """Checkpoints that are to be refused, by what they try, and the file that appears if one of them runs."""
-    folder = tmp_path_factory.mktemp('hostile')
-    marker, paths = folder / 'marker', {}
-    for index, (name, content) in enumerate(
-        {**hostile.live(marker), **hostile_forged.forged(), **hostile_costly.costly()}.items()
-    ):
-        paths[name] = folder / f'{index}.pth'
-        paths[name].write_bytes(content)
-    return paths, marker

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from mmdet_ce import ChannelEquilibrium
-from mmdet_ce.checkpoints import FolderInUseError, lock_folder
 from mmdet_ce.compat import FEATURES, TORCH
 from mmdet_ce.ops.reference import ReferenceOutput, channel_equilibrium_reference
 
@@ -90,18 +87,6 @@ def reference(ce: ChannelEquilibrium, x: torch.Tensor) -> ReferenceOutput:
         alpha=ce.alpha,
         **running,
     )
-
-
-def is_free(folder: Path) -> bool:
-    """Return whether another process could train in a folder."""
-    child = os.fork()
-    if not child:
-        try:
-            lock_folder(folder)
-        except FolderInUseError:
-            os._exit(3)
-        os._exit(0)
-    return os.waitpid(child, 0)[1] == 0
 
 
 def is_running(pid: int) -> bool:

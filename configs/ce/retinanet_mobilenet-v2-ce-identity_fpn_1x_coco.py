@@ -1,6 +1,6 @@
 _base_ = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
 custom_imports = dict(imports=['mmdet_ce'], allow_failed_imports=False)
-default_hooks = dict(checkpoint=dict(type='AtomicCheckpointHook'))
+default_hooks = dict(checkpoint=dict(backend_args=dict(backend='atomic')))
 custom_hooks = [dict(type='SyncBuffersHook')]  # before validation: the mean of the GPUs' statistics
 # Weights: OpenMMLab's plain MobileNetV2. CE starts as the identity and grows in.
 model = dict(

@@ -1,6 +1,6 @@
 _base_ = 'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py'
 custom_imports = dict(imports=['mmdet_ce'], allow_failed_imports=False)
-default_hooks = dict(checkpoint=dict(type='AtomicCheckpointHook'))
+default_hooks = dict(checkpoint=dict(backend_args=dict(backend='atomic')))
 custom_hooks = [dict(type='SyncBuffersHook')]  # before validation: the mean of the GPUs' statistics
 # Weights: torchvision's plain ResNet-18. CE starts as the identity and grows in, on the batch's statistics beside
 # frozen norms; so no stage is frozen, which would keep its CE untouched.

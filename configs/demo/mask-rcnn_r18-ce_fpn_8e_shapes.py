@@ -70,4 +70,4 @@ optim_wrapper = dict(
     optimizer=dict(_delete_=True, type='AdamW', lr=1e-3, weight_decay=0.05), clip_grad=dict(max_norm=10)
 )
 custom_hooks = [dict(type='SyncBuffersHook')]  # before validation: the mean of the GPUs' statistics
-default_hooks = dict(logger=dict(interval=10), checkpoint=dict(type='AtomicCheckpointHook', max_keep_ckpts=2))
+default_hooks = dict(logger=dict(interval=10), checkpoint=dict(backend_args=dict(backend='atomic'), max_keep_ckpts=2))

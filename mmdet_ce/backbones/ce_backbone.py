@@ -5,12 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any, Callable, Optional
 
 import torch
 from mmdet.registry import MODELS
-from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -19,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from .. import compat
 from ..layers import ChannelEquilibrium
 from ..ops.precision import in_backward_pass, is_tracing
-from .loading_report import missing_weights_message, summarize_load
+from .loading_report import report_load
 
 
 def build_ce(ce_cfg: dict, in_channels: int) -> ChannelEquilibrium:
@@ -157,18 +155,9 @@ class CEBackbone(BaseModule):
                 ce.eval()
         return self
 
-    def init_weights(self) -> None:
-        """Initialize the weights; name the way to pretrained ones that are not there."""
-        for cfg in self.init_cfg if isinstance(self.init_cfg, (list, tuple)) else [self.init_cfg or {}]:
-            path = str(cfg.get('checkpoint') or '')
-            if path and '://' not in path and not Path(path).expanduser().is_file():
-                raise FileNotFoundError(missing_weights_message(path))
-        super().init_weights()
-
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         # torch and mmengine both call this method; mmengine does not call load_state_dict.
-        if next(self.named_ce(), None) is not None:
-            print_log(summarize_load(self, state_dict, prefix), logger='current')
+        report_load(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def named_ce(self) -> Iterator[tuple[str, ChannelEquilibrium]]:

@@ -1,4 +1,4 @@
-"""The load summary, and the refusal of files whose tensors nearly all do not match."""
+"""The line that a load logs: what came in, a warning where CE or everything is lost, an error for other shapes."""
 
 from __future__ import annotations
 
@@ -6,131 +6,128 @@ import logging
 
 import pytest
 import torch
-from mmdet.models import ResNet
-from mmdet.registry import MODELS
+from mmdet.models import MobileNetV2, ResNet
 from mmengine.logging import MMLogger
-from mmengine.runner import load_checkpoint, load_state_dict
+from mmengine.runner import load_state_dict
+from torch import nn
 
-from mmdet_ce import CEResNet
-from mmdet_ce.backbones.loading_report import CheckpointMismatchError, summarize_load
+from mmdet_ce import CEMobileNetV2, CEResNet
 from mmdet_ce.checkpoints.official import BLOCK_NAMES
 
-TINY = dict(base_channels=16)
 IDENTITY = dict(ce_cfg=dict(num_channels=16, identity_start=True))
 
 
-def tensors(backbone):
-    return [key for key in backbone.state_dict() if not key.endswith('num_batches_tracked')]
+def ce(**kwargs):
+    return CEResNet(**{**dict(depth=18, base_channels=16), **kwargs})
 
 
-@pytest.mark.parametrize('kwargs, meaning', [({}, 'plain weights under an untrained CE'), (IDENTITY, 'grows in')])
-def test_plain_weights(kwargs, meaning):
-    plain, backbone = ResNet(depth=18, **TINY), CEResNet(depth=18, **TINY, **kwargs)
-    state = {**plain.state_dict(), 'fc.weight': torch.zeros(10, 128), 'fc.bias': torch.zeros(10)}
-    summary = summarize_load(backbone, state)
-    num_plain, num_all = len(tensors(plain)), len(tensors(backbone))
-    num_ce = num_all - num_plain
-    assert summary.startswith(
-        f'CEResNet-18: {num_plain} of {num_all} tensors loaded, {num_ce} of {num_ce} CE tensors missing, '
-        '2 unexpected (the classifier): plain weights'
-    )
-    assert meaning in summary and '\n' not in summary
+def plain(**kwargs):
+    return ResNet(**{**dict(depth=18, base_channels=16), **kwargs})
 
 
-def test_weights_with_ce():
-    backbone = CEResNet(depth=18, **TINY)
-    num_ce = len(tensors(backbone)) - len(tensors(ResNet(depth=18, **TINY)))
-    summary = summarize_load(backbone, CEResNet(depth=18, **TINY).state_dict())
-    assert f'0 of {num_ce} CE tensors missing, 0 unexpected: CE is loaded with its statistics' in summary
-    partly = CEResNet(depth=18, stem_with_ce=False, **TINY).state_dict()
-    assert 'CE is loaded in part' in summarize_load(backbone, partly)
-    identity = CEResNet(depth=18, **TINY, **IDENTITY)
-    assert 'CE is loaded in part' in summarize_load(identity, backbone.state_dict())
-    assert 'CE is loaded in part' in summarize_load(backbone, identity.state_dict()), 'its alphas would be lost'
-    fewer = CEResNet(depth=18, stage_with_ce=(True, False, False, False), **TINY)
-    assert 'CE is loaded in part' in summarize_load(fewer, backbone.state_dict())
-
-
-WRONG = [(18, 34), (34, 18), (50, 101), (101, 152), (152, 101), (50, 18), (50, 34), (34, 50)]
-
-
-@pytest.mark.parametrize('depth, other', WRONG)
-def test_wrong_depth(depth, other):
-    with pytest.raises(CheckpointMismatchError, match=f'CEResNet-{depth}.*Expected weights of the same arch'):
-        summarize_load(CEResNet(depth=depth, base_channels=4), ResNet(depth=other, base_channels=4).state_dict())
-
-
-def test_prefix_is_named():
-    state = {f'backbone.{key}': t for key, t in ResNet(depth=18, **TINY).state_dict().items()}
-    with pytest.raises(CheckpointMismatchError, match="only 0 of .* begin with 'backbone.': add prefix='backbone.'"):
-        CEResNet(depth=18, **TINY).load_state_dict(state, strict=False)
-
-
-def test_unconverted_official_file_is_named():
-    state = {f'module.layer1.0.ce.{name}': torch.zeros(1) for name in BLOCK_NAMES}
-    with pytest.raises(CheckpointMismatchError, match='convert it with tools/model_converters/official_to_mmdet_ce.py'):
-        summarize_load(CEResNet(depth=18, **TINY), state)
-
-
-def test_another_architecture():
-    with pytest.raises(CheckpointMismatchError, match='only 0 of'):
-        summarize_load(CEResNet(depth=18, **TINY), {'patch_embed.weight': torch.zeros(3)})
-
-
-CONTEXT_BLOCK = dict(cfg=dict(type='ContextBlock', ratio=1 / 4), position='after_conv3')
-
-
-@pytest.mark.parametrize(
-    'kwargs',
-    [
-        dict(depth=18, in_channels=4),
-        dict(depth=50, deep_stem=True, avg_down=True),
-        dict(depth=18, deep_stem=True, avg_down=True),
-        dict(depth=50, plugins=[CONTEXT_BLOCK]),
-        dict(depth=18, num_stages=1, strides=(1,), dilations=(1,), out_indices=(0,)),
-        dict(depth=50, dcn=dict(type='DCN', deform_groups=1), stage_with_dcn=(False, True, True, True)),
-    ],
-    ids=lambda kwargs: '-'.join(map(str, kwargs)),
-)
-def test_what_differs_with_reason_is_no_mismatch(kwargs):
-    plain = ResNet(depth=kwargs['depth'], **TINY)
-    assert 'plain weights under' in summarize_load(CEResNet(**kwargs, **TINY), plain.state_dict())
-
-
-def test_anything_loads_where_ce_is_off():
-    backbone = CEResNet(depth=18, ce_cfg=None, **TINY)
-    backbone.load_state_dict({}, strict=False)
-    backbone.load_state_dict(CEResNet(depth=18, **TINY).state_dict(), strict=False)
-
-
-def test_entries_that_are_no_tensors_are_passed_over():
-    backbone = CEResNet(depth=18, **TINY)
-    state = {**backbone.state_dict(), 'extra_state': {}, 3: [1]}
-    assert 'CE is loaded with its statistics' in summarize_load(backbone, state)
-
-
-def test_a_backbone_alone_is_no_detector():
-    model = torch.nn.ModuleDict(dict(backbone=CEResNet(depth=18, **TINY)))
-    with pytest.raises(CheckpointMismatchError, match='Expected a checkpoint of the whole detector; one of a backbone'):
-        load_state_dict(model, ResNet(depth=18, **TINY).state_dict())
-
-
-@pytest.mark.parametrize('prefix', ['', 'backbone.'])
-def test_logged_whatever_loads(prefix, tmp_path, caplog):
-    """mmengine loads a backbone (init_cfg) or a detector (load_from, resume, test) without load_state_dict."""
-    backbone = CEResNet(depth=18, **TINY)
-    model = torch.nn.ModuleDict(dict(backbone=backbone)) if prefix else backbone
-    torch.save(model.state_dict(), tmp_path / 'a.pth')
+@pytest.fixture
+def log(caplog):
+    """What mmengine's logger gets."""
     logger = MMLogger.get_current_instance()
     logger.addHandler(caplog.handler)
     with caplog.at_level(logging.INFO, logger=logger.name):
-        load_checkpoint(model, str(tmp_path / 'a.pth'))
+        yield caplog
     logger.removeHandler(caplog.handler)
-    assert [m for m in caplog.messages if m.startswith('CEResNet-18:') and 'CE is loaded with its statistics' in m]
 
 
-def test_missing_weights_tell_how_to_get_them():
-    cfg = dict(type='Pretrained', checkpoint='checkpoints/ce-resnet50_imagenet.pth')
-    backbone = MODELS.build(dict(type='CEResNet', depth=18, init_cfg=cfg, **TINY))
-    with pytest.raises(FileNotFoundError, match=r'official_to_mmdet_ce.py THEIR_FILE .*r50-ce-identity'):
-        backbone.init_weights()
+def line_of(log, level=logging.INFO):
+    """Return the one line about the backbone."""
+    (record,) = [r for r in log.records if r.message.startswith('CE')]
+    assert record.levelno == level and '\n' not in record.message
+    log.clear()
+    return record.message
+
+
+@pytest.mark.parametrize(
+    'model, given, loaded, missing, meaning',
+    [
+        (ce(), plain(), '100 of 156', '56 of 56', 'plain weights under an untrained CE'),
+        (ce(**IDENTITY), plain(), '100 of 163', '63 of 63', 'plain weights; CE starts as the identity and grows in'),
+        (CEMobileNetV2(), MobileNetV2(), '260 of 396', '136 of 136', 'plain weights under an untrained CE'),
+        (ce(), ce(), '156 of 156', '0 of 56', 'CE is loaded with its statistics'),
+        (ce(), ce(stem_with_ce=False), '148 of 156', '8 of 56', 'CE is loaded in part'),
+        (ce(**IDENTITY), ce(), '156 of 163', '7 of 63', 'CE is loaded in part'),
+        (ce(in_channels=4), plain(), '99 of 156', '56 of 56', 'plain weights'),
+    ],
+)
+@pytest.mark.parametrize('prefix', ['', 'backbone.'])
+def test_what_came_in(model, given, loaded, missing, meaning, prefix, log, recwarn):
+    """Into a backbone (init_cfg), and into a detector (load_from, resume, test)."""
+    state = {prefix + key: t for key, t in {**given.state_dict(), 'fc.weight': torch.zeros(1)}.items()}
+    load_state_dict(nn.ModuleDict(dict(backbone=model)) if prefix else model, state, logger='silent')
+    line = f"{loaded} tensors loaded, {missing} CE tensors missing, 1 unexpected (like 'fc.weight'): {meaning}"
+    assert line in line_of(log) and not [w for w in recwarn if 'CE tensors' in str(w.message)]
+
+
+WEIGHTS = plain().state_dict()
+OFFICIAL = {f'layer1.0.ce.{name}': torch.zeros(1) for name in BLOCK_NAMES}
+LOST = [
+    (ce(), ce(**IDENTITY).state_dict(), "7 CE tensors .* like 'ce1.alpha'.* use the ce_cfg"),
+    (ce(stem_with_ce=False), ce().state_dict(), "8 CE tensors .* like 'ce1.theta'.* stem_with_ce"),
+    (ce(ce_cfg=None), ce().state_dict(), 'set ce_cfg, which is None'),
+    (ce(), {**WEIGHTS, **OFFICIAL}, 'official_to_mmdet_ce.py'),
+    (ce(), {f'module.{key}': t for key, t in {**WEIGHTS, **OFFICIAL}.items()}, 'official_to_mmdet_ce.py'),
+    (ce(), {f'backbone.{key}': t for key, t in ce().state_dict().items()}, "add prefix='backbone.' to init_cfg"),
+    (ce(), {f'model.encoder.{key}': t for key, t in WEIGHTS.items()}, "add prefix='model.encoder.' to init_cfg"),
+    (ce(), {'epoch': 3, 'model': WEIGHTS}, "the weights may be under 'model'"),
+    (
+        ce(),
+        {'patch_embed\x1b[2J.weight': torch.zeros(3)},
+        r'patch_embed\\x1b\[2J.weight.*expected weights of this arch',
+    ),
+    (nn.ModuleDict(dict(backbone=ce())), WEIGHTS, "no name begins with 'backbone.'; .* init_cfg"),
+]
+
+
+@pytest.mark.parametrize('model, state, message', LOST, ids=[message for *_, message in LOST])
+def test_what_is_lost_is_a_warning_in_the_log_too(model, state, message, log):
+    with pytest.warns(UserWarning, match=message) as caught:
+        load_state_dict(model, state, logger='silent')
+    assert line_of(log, logging.WARNING) in map(str, (warning.message for warning in caught))
+
+
+@pytest.mark.parametrize(
+    'given, message',
+    [
+        (dict(ce_cfg=dict(num_channels=32)), 'num_channels: 32 in the file, 16 here'),
+        (dict(ce_cfg=dict(reduction=8)), 'reduction: 8 in the file, 4 here'),
+        (dict(base_channels=32), r'expected weights of this architecture .* in the file, \(.*\) here'),
+    ],
+)
+@pytest.mark.parametrize('prefix', ['', 'backbone.'])
+def test_ce_of_another_shape_is_an_error_that_names_the_argument(given, message, prefix):
+    """mmengine would leave out what does not fit, and go on."""
+    model = nn.ModuleDict(dict(backbone=ce())) if prefix else ce()
+    state = {prefix + key: t for key, t in ce(**given).state_dict().items()}
+    for load in (load_state_dict, type(model).load_state_dict):
+        with pytest.raises(RuntimeError, match=f'CEResNet-18: CE has another shape in the file; {message}'):
+            load(model, state)
+
+
+@pytest.mark.parametrize('ce_cfg', [None, dict(num_channels=16)])
+def test_a_part_loads_where_strict_is_off(ce_cfg, recwarn):
+    source, model = ce(ce_cfg=ce_cfg, frozen_stages=3), ce(ce_cfg=ce_cfg)
+    state = source.state_dict()
+    parts = [
+        {},
+        {key: t for key, t in state.items() if 'bn' not in key},
+        {key: t for key, t in source.named_parameters() if t.requires_grad},
+    ]
+    for part in parts:
+        model.load_state_dict(part, strict=False)
+        assert all(torch.equal(t, model.state_dict()[key]) for key, t in part.items())
+    with pytest.raises(RuntimeError, match='Missing key'):
+        model.load_state_dict(parts[1])
+
+
+def test_a_model_on_meta_takes_the_tensors_as_they_are():
+    state = ce().state_dict()
+    with torch.device('meta'):
+        model = ce()
+    model.load_state_dict(state, assign=True)
+    assert all(t.data_ptr() == state[key].data_ptr() for key, t in model.state_dict().items())

@@ -1,109 +1,92 @@
-"""Checkpoints are read as data and written whole."""
+"""Files are written whole or not at all, and a training that is killed resumes from a whole one."""
 
 from __future__ import annotations
 
 import os
 import resource
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
-import torch
+from make_shapes_dataset import make_dataset
+from mmengine.fileio import get_file_backend
+from tool_runs import DEMO, MMDET_TOOLS, SMALL
 
-from mmdet_ce.checkpoints import (
-    CheckpointFileError,
-    read_checkpoint,
-    sha256,
-    write_checkpoint,
-)
+from mmdet_ce.checkpoints import read_checkpoint
+
+BACKEND = get_file_backend(backend_args=dict(backend='atomic'))
 
 
-@pytest.mark.parametrize(
-    'content, message',
-    [
-        (None, 'not found'),
-        (b'', 'is empty; get it again'),
-        (b'not a checkpoint', 'is incomplete, damaged or no checkpoint .ValueError: torch.save did not write it.'),
-        ('truncated', 'is incomplete, damaged or no checkpoint'),
-    ],
-)
-def test_unreadable_files(content, message, tmp_path):
+def test_a_file_takes_its_place_when_it_is_whole(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError(1, 'Operation not permitted')
+
+    monkeypatch.setattr(os, 'chmod', refuse)  # as some mounted shares do
+    path, link = tmp_path / 'new' / 'a.pth', tmp_path / 'link'
+    BACKEND.put(b'one', path)
+    os.link(path, link)
+    BACKEND.put(b'two', str(path))
+    assert path.read_bytes() == b'two' and link.read_bytes() == b'one', 'it was written in place'
+    assert os.listdir(path.parent) == ['a.pth']
+
+
+def test_what_was_there_stays_where_writing_fails(tmp_path):
     path = tmp_path / 'a.pth'
-    if content == 'truncated':
-        torch.save({'w': torch.zeros(1000)}, path)
-        path.write_bytes(path.read_bytes()[:2000])
-    elif content is not None:
-        path.write_bytes(content)
-    with pytest.raises(CheckpointFileError, match=message):
-        read_checkpoint(path)
+    BACKEND.put(b'one', path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match='too large'):
+            BACKEND.put(bytes(2000), path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert path.read_bytes() == b'one' and os.listdir(tmp_path) == ['a.pth']
 
 
-def test_damage_is_found(tmp_path):
-    path = tmp_path / 'a.pth'
-    torch.save({'w': torch.full((100,), 7.0), 'b': torch.full((50,), 7.0)}, path)
-    data = path.read_bytes()
-    read_checkpoint(path)
-    for length in (2, *range(50, len(data), 50), len(data) - 1):
-        path.write_bytes(data[:length])
-        with pytest.raises(CheckpointFileError, match='is incomplete, damaged or no checkpoint'):
-            read_checkpoint(path)
-    value = torch.tensor(7.0).numpy().tobytes()
-    for position in (data.index(value), data.rindex(value)):
-        path.write_bytes(data[:position] + b'x' + data[position + 1 :])
-        with pytest.raises(CheckpointFileError, match='damaged'):
-            read_checkpoint(path)
-    with pytest.raises(CheckpointFileError, match='is no file'):
-        read_checkpoint(tmp_path)
+def epochs(folder: Path) -> list[int]:
+    return sorted(int(path.stem.rpartition('_')[2]) for path in folder.glob('epoch_*.pth'))
 
 
-def test_round_trip_replaces_and_leaves_nothing_beside(tmp_path):
-    path = tmp_path / 'new' / 'a.pth'
-    for value in (1.0, 2.0):
-        write_checkpoint({'w': torch.tensor(value)}, path)
-        assert read_checkpoint(path)['w'] == value
-    assert [p.name for p in path.parent.iterdir()] == ['a.pth']
-    assert len(sha256(path)) == 64
-    umask = os.umask(0)
-    os.umask(umask)
-    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+def train(folder: Path, is_time_to_kill: Callable[[], bool] = lambda: False) -> tuple[int, str]:
+    """Train, or resume, by mmdet's own tool with the shipped checkpoint hook; return the status and the log."""
+    options = [*SMALL, 'train_cfg.max_epochs=4', 'train_cfg.val_interval=9', 'train_dataloader.batch_size=1']
+    command = [sys.executable, '-W', 'ignore', MMDET_TOOLS / 'train.py', DEMO, '--work-dir', 'run', '--resume']
+    with open(folder / 'log', 'w') as log:
+        process = subprocess.Popen([*command, '--cfg-options', *options], cwd=folder, stdout=log, stderr=log)
+        while process.poll() is None:
+            if is_time_to_kill():
+                process.kill()
+            time.sleep(0.001)
+    return process.returncode, (folder / 'log').read_text()
 
 
-def test_full_disk_leaves_what_was_there(tmp_path):
-    """A limit on the size of files stands in for a full disk: the system call fails the same way, in the middle."""
-    path = tmp_path / 'a.pth'
-    write_checkpoint({'w': torch.tensor(1.0)}, path)
-    script = (
-        'import sys, torch; from mmdet_ce.checkpoints import *\n'
-        f'try: write_checkpoint(dict(w=torch.zeros(1 << 20)), {str(path)!r})\n'
-        'except CheckpointFileError as error: sys.exit(str(error))'
-    )
-    result = subprocess.run(
-        [sys.executable, '-W', 'ignore', '-c', script],
-        capture_output=True, text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)),
-    )  # fmt: skip
-    assert result.returncode == 1 and 'could not be written' in result.stderr and 'Traceback' not in result.stderr
-    assert read_checkpoint(path)['w'] == 1
-    assert [p.name for p in tmp_path.iterdir()] == ['a.pth']
+@pytest.mark.slow
+def test_a_killed_training_resumes_from_a_whole_file(tmp_path):
+    """Killed while the second checkpoint is written, within the third epoch, and while the fourth is written."""
+    (tmp_path / 'data').mkdir()
+    make_dataset(tmp_path / 'data' / 'shapes', train=8, val=1, size=64)
+    run = tmp_path / 'run'
 
+    def named() -> str:
+        last = run / 'last_checkpoint'
+        return Path(last.read_text()).name if last.exists() else ''
 
-def test_a_kill_in_the_middle_leaves_what_was_there(tmp_path):
-    path = tmp_path / 'a.pth'
-    write_checkpoint({'w': torch.tensor(1.0)}, path)
-    script = (
-        'import os, signal, torch; from mmdet_ce.checkpoints import *\n'
-        'save = torch.save\n'
-        'def half(checkpoint, file): save(checkpoint, file); file.flush(); os.kill(os.getpid(), signal.SIGKILL)\n'
-        'torch.save = half\n'
-        f'write_checkpoint(dict(w=torch.zeros(9)), {str(path)!r})'
-    )
-    assert subprocess.run([sys.executable, '-W', 'ignore', '-c', script]).returncode == -9
-    assert read_checkpoint(path)['w'] == 1
-    assert [p.suffix for p in tmp_path.iterdir() if p != path] == ['.tmp'], 'never under the name of a checkpoint'
-
-
-def test_a_device_is_not_replaced(tmp_path):
-    os.mkfifo(tmp_path / 'pipe')
-    with pytest.raises(CheckpointFileError, match='could not be written .a device, not a file.'):
-        write_checkpoint({}, tmp_path / 'pipe')
-    assert (tmp_path / 'pipe').is_fifo() and len(list(tmp_path.iterdir())) == 1
+    moments = [
+        lambda: (run / '.epoch_2.pth.tmp').exists(),
+        lambda: named() == 'epoch_2.pth',
+        lambda: (run / '.epoch_4.pth.tmp').exists(),
+    ]
+    for moment, left in zip(moments, ([1], [1, 2], [3])):
+        status, log = train(tmp_path, moment)
+        assert status == -signal.SIGKILL, log[-2000:]
+        assert epochs(run) == left and named() == f'epoch_{left[-1]}.pth'
+        assert all(read_checkpoint(run / f'epoch_{epoch}.pth')['meta']['epoch'] == epoch for epoch in left)
+    status, log = train(tmp_path)
+    assert status == 0 and 'resumed epoch: 3' in log
+    assert epochs(run) == [3, 4] and not [*run.glob('.*')]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT
 from mmdet.models import ResNet
 from mmdet.registry import MODELS
@@ -27,7 +28,9 @@ def test_config_builds_anywhere(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cfg = Config.fromfile(path)
     assert cfg.custom_imports == dict(imports=['mmdet_ce'], allow_failed_imports=False)
-    assert cfg.default_hooks.checkpoint.type == 'AtomicCheckpointHook'
+    checkpoint = cfg.default_hooks.checkpoint
+    assert checkpoint.type == 'CheckpointHook' and checkpoint.backend_args == dict(backend='atomic')
+    assert checkpoint.get('max_keep_ckpts', -1) != 1, 'mmengine deletes the old one before it writes the new one'
     assert NAME.fullmatch(path.stem)
     model = MODELS.build(cfg.model)
     if '-ce' not in path.stem:  # the baseline
@@ -68,12 +71,6 @@ def test_config_trains_one_iteration(path):
 
 
 def test_model_index_lists_every_coco_config():
-    """As mim and the framework's tools read it, through modelindex where set-up put that."""
-    import subprocess
-    import sys
-
-    import yaml
-
     (imported,) = yaml.safe_load((ROOT / 'model-index.yml').read_text())['Import']
     models = yaml.safe_load((ROOT / imported).read_text())['Models']
     configs = sorted(str(path.relative_to(ROOT)) for path in (ROOT / 'configs' / 'ce').glob('*.py'))
@@ -81,32 +78,3 @@ def test_model_index_lists_every_coco_config():
     for model in models:
         assert model['Name'] == Path(model['Config']).stem
         assert model['Metadata']['Epochs'] == Config.fromfile(ROOT / model['Config']).train_cfg.max_epochs
-    extra = ROOT / '.venv' / 'imagenet'
-    if not extra.is_dir():
-        pytest.skip('modelindex is not set up (make setup); the rest was checked')
-    code = 'from modelindex.load_model_index import load; index = load("model-index.yml")\n'
-    code += 'index.build_models_with_collections(); print(len(index.models))'
-    result = subprocess.run(
-        [sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT, env={'PYTHONPATH': str(extra)}
-    )
-    assert result.stdout.strip() == str(len(configs)), result.stderr
-
-
-def test_coco_configs_are_a_few_lines():
-    assert CONFIGS
-    for path in (ROOT / 'configs' / 'ce').glob('*.py'):
-        assert len(path.read_text().splitlines()) <= 11, path
-
-
-def test_without_custom_imports_the_framework_names_the_backbone():
-    """In a fresh process: what a user of MMDetection's own tools sees."""
-    import subprocess
-    import sys
-
-    code = (
-        'from mmdet.utils import register_all_modules; register_all_modules()\n'
-        "from mmdet.registry import MODELS; MODELS.build(dict(type='CEResNet', depth=18))"
-    )
-    result = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
-    # mmengine 0.8 names no scope
-    assert result.returncode and re.search('CEResNet is not in the (mmdet::)?model registry', result.stderr)

@@ -4,53 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mmdet.registry import DATASETS, HOOKS
-from mmengine.config import Config
-from mmengine.model import BaseModel
-from mmengine.runner import Runner
+from small_runner import runner
 
-from mmdet_ce import CECalibrationHook, CEResNet
 from mmdet_ce.checkpoints import read_checkpoint
-
-
-class Model(BaseModel):
-    """The least that a Runner trains: a CE backbone and a loss."""
-
-    def __init__(self):
-        super().__init__(data_preprocessor=dict(type='mmengine.ImgDataPreprocessor'))
-        self.backbone = CEResNet(depth=18, base_channels=16, norm_eval=True, frozen_stages=-1)
-
-    def forward(self, inputs, data_samples=None, mode='tensor'):
-        return dict(loss=sum(out.mean() for out in self.backbone(inputs)))
-
-
-@DATASETS.register_module()
-class Images(torch.utils.data.Dataset):
-    def __len__(self):
-        return 4
-
-    def __getitem__(self, index):
-        return dict(inputs=torch.full((3, 32, 32), float(index)) + torch.rand(3, 32, 32))
-
-
-def runner(work_dir, num_epochs=1, sampler='DefaultSampler', **kwargs):
-    dataloader = dict(dataset=dict(type='Images'), batch_size=2, sampler=dict(type=sampler, shuffle=True))
-    return Runner(
-        model=Model(),
-        work_dir=str(work_dir),
-        cfg=Config(dict(train_dataloader=dataloader)),
-        train_dataloader=dataloader,
-        optim_wrapper=dict(optimizer=dict(type='SGD', lr=1e-3)),
-        train_cfg=(
-            dict(by_epoch=True, max_epochs=num_epochs)
-            if sampler == 'DefaultSampler'
-            else dict(by_epoch=False, max_iters=2 * num_epochs)
-        ),
-        default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=1, by_epoch=sampler == 'DefaultSampler')),
-        default_scope='mmdet',
-        experiment_name=f'{work_dir.name}-{num_epochs}-{len(kwargs)}',
-        **kwargs,
-    )
 
 
 def statistics(state_dict):
@@ -72,9 +28,3 @@ def test_calibrates_and_training_keeps_it(tmp_path, sampler, last):
     resumed = runner(tmp_path, num_epochs=2, sampler=sampler, custom_hooks=[hook], resume=True)
     resumed.train()
     assert all(torch.equal(value, final[key]) for key, value in statistics(resumed.model.state_dict()).items())
-
-
-def test_bad_argument():
-    with pytest.raises(ValueError, match='num_batches must be at least 1, got 0'):
-        HOOKS.build(dict(type='CECalibrationHook', num_batches=0))
-    assert CECalibrationHook().num_batches == 100

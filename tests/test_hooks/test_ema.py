@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from mmengine.hooks import Hook
-from test_calibration_hook import Model, runner
+from small_runner import Model, runner
 
 from mmdet_ce.checkpoints import read_checkpoint
 
@@ -53,7 +53,3 @@ def test_ema(tmp_path, update_buffers):
     resumed.call_hook('before_run')
     resumed.load_or_resume()
     assert all(torch.equal(t, second[key]) for key, t in resumed.model.state_dict().items())
-
-    model = Model()
-    model.load_state_dict(saved['state_dict'])
-    assert all(torch.isfinite(out).all() for out in model.backbone.eval()(torch.rand(1, 3, 32, 32)))

@@ -1,48 +1,42 @@
-"""Make a checkpoint ready to share: weights and version only, the file named by its hash.
+"""Make a checkpoint ready to share: weights alone, the file named by its hash.
 
-As mmdet's tool of this name, but reading the checkpoint as data and writing it whole or not at all.
+As mmdet's tool of this name, but it also drops the texts that a framework would run as a config.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import hashlib
+import io
 import sys
 from pathlib import Path
 
-from mmdet_ce import __version__
-from mmdet_ce.checkpoints import CheckpointFileError, read_checkpoint, sha256, write_checkpoint
+import torch
 
-META = ('cfg', 'dataset_meta', 'epoch', 'iter', 'mmengine_version', 'mmdet_version')
+from mmdet_ce import __version__
+from mmdet_ce.checkpoints import AtomicLocalBackend, read_checkpoint
+
+META = ('dataset_meta', 'epoch', 'iter', 'mmengine_version')
 
 
 def publish(source: Path, destination: Path) -> Path:
-    """Write the weights of ``source`` and return the file's name: ``destination`` with the hash before its suffix.
-
-    The weights are those that a test would load (with EMA: the averaged ones).
+    """Write the weights that a test would load; return the file's name: ``destination`` with a hash.
 
     Raises:
-        CheckpointFileError: If ``source`` cannot be read or the file not be written.
-        ValueError: If ``source`` holds no ``state_dict``.
+        ValueError: If there is no ``state_dict`` in it, or no folder for ``destination``.
     """
-    if destination.is_dir() or not destination.stem:
-        raise ValueError(f'{destination} is no name of a file; expected one like mask-rcnn_r50-ce_fpn_1x_coco.pth')
+    if not destination.stem or not destination.parent.is_dir():
+        raise ValueError(f'the folder {destination.parent} does not exist; make it, or name another destination')
     checkpoint = read_checkpoint(source)
-    state_dict = checkpoint.get('state_dict') if isinstance(checkpoint, dict) else None
-    if not isinstance(state_dict, dict) or not state_dict:
-        raise ValueError(f"{source} has no 'state_dict' with tensors; expected a training's, like epoch_12.pth")
-    meta = checkpoint.get('meta') or {}
-    published = dict(
-        state_dict=state_dict,
-        meta={**{key: meta[key] for key in META if key in meta}, 'mmdet_ce_version': __version__},
-    )
-    unnamed = destination.with_name(f'.{destination.stem}-unnamed.pth')
-    try:
-        write_checkpoint(published, unnamed)
-        named = destination.with_name(f'{destination.stem}-{sha256(unnamed)[:8]}.pth')
-        os.replace(unnamed, named)
-    finally:
-        unnamed.unlink(missing_ok=True)
+    if not isinstance(checkpoint, dict) or 'state_dict' not in checkpoint:
+        raise ValueError(f"{source} has no 'state_dict'; expected a training's checkpoint, like epoch_12.pth")
+    meta = {key: value for key, value in (checkpoint.get('meta') or {}).items() if key in META}
+    meta['mmdet_ce_version'] = __version__
+    file = io.BytesIO()
+    torch.save(dict(state_dict=checkpoint['state_dict'], meta=meta), file)
+    digest = hashlib.sha256(file.getvalue()).hexdigest()
+    named = destination.with_name(f'{destination.stem}-{digest[:8]}.pth')
+    AtomicLocalBackend().put(file.getvalue(), named)
     return named
 
 
@@ -54,7 +48,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         named = publish(args.source, args.destination)
-    except (CheckpointFileError, ValueError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(f'error: {error}')
     before, after = args.source.stat().st_size / 1e6, named.stat().st_size / 1e6
     print(f'{named}: {after:.1f} MB, {before:.1f} before')
