@@ -244,7 +244,8 @@ def test_num_channels_is_halved_until_it_divides():
     [
         (dict(in_channels=17), 'in_channels=17 cannot be grouped'),
         (dict(in_channels=0), 'in_channels must be an integer of at least 1, got 0'),
-        (dict(in_channels=32, num_channels=0), 'num_channels must be an integer of at least 1, got 0'),
+        (dict(in_channels=32, num_channels=0), 'num_channels must be an integer of at least 2, got 0'),
+        (dict(in_channels=32, num_channels=1), 'num_channels must be an integer of at least 2, got 1'),
         (dict(in_channels=32, num_iterations=2.5), 'num_iterations must be an integer of at least 1, got 2.5'),
         (dict(in_channels=32, reduction='4'), "reduction must be an integer of at least 1, got '4'"),
         (dict(in_channels=2, num_channels=2), 'reduction must be between 1 and in_channels=2, got 4'),
