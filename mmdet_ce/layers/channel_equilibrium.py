@@ -61,12 +61,13 @@ class InstanceReweighting(nn.Module):
         """The gate's W1, LayerNorm weight and bias, and W2."""
         return self.fc1.weight, self.norm.weight, self.norm.bias, self.fc2.weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the gate's logits, (N, C), for x, (N, C, H, W), by calling the modules."""
-        with compat.without_autocast(x.device.type):
-            x = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(2)
-            variance = x.var(2, correction=min(1, x.shape[2] - 1))  # of a 1x1 map 0
-            return self.fc2(F.relu(self.norm(self.fc1(variance.to(self.running_scale.dtype)))))
+    def forward(self, variance: Tensor) -> Tensor:
+        """Return the gate's logits, (N, C), for the spatial variances of each sample's channels, (N, C)."""
+        return self.fc2(F.relu(self.norm(self.fc1(variance))))
+
+    def gate(self, variance: Tensor) -> Tensor:
+        """Return the gate, (N, C), for the spatial variances of each sample's channels, (N, C)."""
+        return torch.sigmoid(self(variance))
 
 
 @MODELS.register_module()
@@ -172,7 +173,8 @@ class ChannelEquilibrium(nn.Module):
             parameters = self.ir.gate_parameters
         else:
             x, norm = (x if norm is None else norm(x)), None
-            logits = self.ir(x)
+            with compat.without_autocast(x.device.type):
+                logits = self.ir(_variance(x).to(self.ir.running_scale.dtype))
         out, mean, whitening, scale = channel_equilibrium(
             x,
             self.theta,
@@ -245,6 +247,12 @@ class ChannelEquilibrium(nn.Module):
 def _is_true(flag: Tensor) -> bool:
     """Return whether a tensor of one element is true; False for one that has no value: a meta or a fake tensor."""
     return type(flag) is Tensor and not flag.is_meta and bool(flag)
+
+
+def _variance(x: Tensor) -> Tensor:
+    """Return the spatial variances of each sample's channels, (N, C), in float32 at least; of a 1x1 map 0."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(2)
+    return x.var(2, correction=min(1, x.shape[2] - 1))
 
 
 def _group_size(in_channels: int, num_channels: int) -> int:
