@@ -79,7 +79,9 @@ def reduce(x: GroupedMap, with_covariance: bool) -> tuple[Tensor, Tensor]:
     if values.element_size() == 2:
         means = values.mean(2, dtype=torch.float32)
         if with_covariance:
-            squares, left, right = _sum_of_products(values, values) / SCATTER_UNIT, means[:, :, None], means[:, None]
+            # the means will be subtracted: an older torch, which would round the sums, is given float32
+            exact = values if _bmm_sums_in_float32(values.device, values.dtype) else values.float()
+            squares, left, right = _sum_of_products(exact, exact) / SCATTER_UNIT, means[:, :, None], means[:, None]
         else:
             root = torch.linalg.vector_norm(values, dim=2, dtype=torch.float32) / ROOT_UNIT
             squares, left, right = root.square(), means, means
@@ -182,13 +184,14 @@ def _product(matrix: Tensor, values: Tensor, constant: Optional[Tensor], x: Grou
 
 
 def _sum_of_products(left: Tensor, right: Tensor) -> Tensor:
-    """Return left right^T, summed over positions in float32 at least."""
-    if left.element_size() > 2:
-        return torch.bmm(left, right.mT)
-    if _bmm_sums_in_float32(left.device, left.dtype):
+    """Return left right^T, summed over positions, in float32 at least.
+
+    An older torch rounds the sums of 16-bit maps to 16 bits, as those of a convolution's weights are.
+    """
+    if left.element_size() == 2 and _bmm_sums_in_float32(left.device, left.dtype):
         return torch.bmm(left, right.mT, out_dtype=torch.float32)
-    converted = left.float()
-    return torch.bmm(converted, (converted if right is left else right.float()).mT)
+    sums = torch.bmm(left, right.mT)
+    return sums.float() if left.element_size() == 2 else sums
 
 
 @torch.compiler.assume_constant_result
