@@ -31,11 +31,7 @@ def build_ce(ce_cfg: dict, in_channels: int) -> ChannelEquilibrium:
 def check_stages(
     stage_with_ce: Optional[Sequence[bool]], default: tuple[bool, ...], num_stages: int, ce_cfg: Optional[dict]
 ) -> tuple[bool, ...]:
-    """Return for each stage whether its blocks have CE: ``default`` for None, nowhere without ``ce_cfg``.
-
-    Raises:
-        ValueError: If there is not one value for each stage, or ``ce_cfg`` is no dict.
-    """
+    """Return for each stage whether its blocks have CE: ``default`` for None, nowhere without ``ce_cfg``."""
     if ce_cfg is not None and not isinstance(ce_cfg, dict):
         raise ValueError(f'ce_cfg must be a dict of arguments of ChannelEquilibrium, or None, got {ce_cfg!r}')
     stages = default if stage_with_ce is None else stage_with_ce
@@ -58,13 +54,6 @@ def norm_ce(
     ReLU after it: two passes over x for all of them. A module that has a hook is called on its own, so that the hook
     sees what it expects. So is every module in an exported graph, whose runtime folds the norm into the convolution
     before it.
-
-    Args:
-        norm: The norm before CE.
-        ce: The CE layer, or None.
-        x: (N, C, H, W), the input of the norm.
-        shortcut: (N, C, H, W), or None.
-        relu: The activation at the end, or None.
     """
     # Exactly this class: a subclass may compute something else.
     if type(ce) is ChannelEquilibrium and not (is_tracing() or has_hooks(ce)):
@@ -93,13 +82,7 @@ def run_block(block: BaseModule, inner_forward: Callable[[Tensor], Tensor], x: T
 
 
 class CEBackbone(BaseModule):
-    """Mixin for a backbone of mmdet, named before it among the bases; the backbone sets ``norm_eval``.
-
-    Args:
-        ce_eval: Whether CE stays in evaluation while the network trains; None follows ``norm_eval``.
-        *args: The backbone's own.
-        **kwargs: The backbone's own.
-    """
+    """Mixin for a backbone of mmdet, named before it among the bases; the backbone sets ``norm_eval``."""
 
     def __init__(self, *args: Any, ce_eval: Optional[bool] = None, **kwargs: Any) -> None:
         if ce_eval not in (None, True, False):

@@ -215,11 +215,7 @@ class CEResNet(CEBackbone, ResNet):
 
 @MODELS.register_module()
 class CEResNetV1d(CEResNet):
-    """mmdet's ResNetV1d with Channel Equilibrium: a deep stem, CE after its last norm, and average-pooled shortcuts.
-
-    Args:
-        **kwargs: See CEResNet.
-    """
+    """mmdet's ResNetV1d with Channel Equilibrium: a deep stem, CE after its last norm, and average-pooled shortcuts."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(deep_stem=True, avg_down=True, **kwargs)

@@ -82,9 +82,8 @@ class ChannelEquilibrium(nn.Module):
     channel of each sample by its spatial variance. Both are linear in x once their statistics are known, so x is
     multiplied only once, by the matrix :math:`M_{n,g} = \lambda P_g + (1 - \lambda)\,diag(gate_{n,g} / s)`.
 
-    In training the statistics are the batch's, gradients flow through them, and the running values move by
-    ``momentum`` towards them. In evaluation the running P_T and s are used, and the gate stays per sample. Before any
-    data was seen they are P_T = I and s = 1. All but the products over the map is computed in float32 at least.
+    In training the statistics are the batch's, and the running values move by ``momentum`` towards them. In evaluation
+    the running P_T and s are used, at first I and 1. All but the products over x is computed in float32 at least.
 
     Paper: `Channel Equilibrium Networks for Learning Deep Representation <https://arxiv.org/abs/2003.00214>`_.
 
@@ -101,12 +100,7 @@ class ChannelEquilibrium(nn.Module):
             its own statistics, and a checkpoint holds those of rank 0.
 
     Shape:
-        - Input: (N, C, H, W), float16, bfloat16, float32 or float64.
-        - Output: the same shape, dtype and memory format.
-
-    Raises:
-        ValueError: If the channels cannot be grouped, an argument is out of range, or an input is not (N, C, H, W),
-            is empty, is sparse, or has another C or dtype.
+        (N, C, H, W), float16, bfloat16, float32 or float64. The output is like the input, in memory format too.
 
     Example:
         >>> import torch
@@ -137,10 +131,9 @@ class ChannelEquilibrium(nn.Module):
                 raise ValueError(f'{name} must be an integer of at least {least}, got {value!r}')
         if reduction > in_channels:
             raise ValueError(f'reduction must be between 1 and in_channels={in_channels}, got {reduction}')
-        if not 0 < eps <= 1:
-            raise ValueError(f'eps must be in (0, 1], got {eps}')
-        if not 0 < momentum <= 1:
-            raise ValueError(f'momentum must be in (0, 1], got {momentum}')
+        for name, share in (('eps', eps), ('momentum', momentum)):
+            if not 0 < share <= 1:
+                raise ValueError(f'{name} must be in (0, 1], got {share}')
         self.in_channels = in_channels
         self.group_size = _group_size(in_channels, num_channels)
         self.num_groups = in_channels // self.group_size
@@ -153,32 +146,28 @@ class ChannelEquilibrium(nn.Module):
 
     @compat.outside_graphs
     def forward(
-        self,
-        x: Tensor,
-        norm: Optional[_BatchNorm] = None,
-        residual: Optional[Tensor] = None,
-        relu: bool = False,
+        self, x: Tensor, norm: Optional[_BatchNorm] = None, residual: Optional[Tensor] = None, relu: bool = False
     ) -> Tensor:
-        """Apply the block to ``x``, (N, C, H, W), or, folded into one product, to ``norm(x)``.
+        """Return relu(CE(norm(x)) + residual) for x, (N, C, H, W); what is left out is not applied.
 
         Args:
             x: The output of the norm before CE, or its input where ``norm`` is given.
-            norm: A BatchNorm in evaluation, which is an affine map of each channel.
-            residual: The shortcut of a residual block, which is added, of the shape of ``x``.
-            relu: Whether ReLU comes last, as in a residual block.
+            norm: A BatchNorm in evaluation, which is folded into CE's product.
+            residual: The shortcut of a residual block, of the shape of ``x``.
+            relu: Whether ReLU comes last.
         """
         self._check_input(x)
-        parameters, logits = (None,) * 4, None
-        if self.ir.is_plain:
-            parameters = self.ir.gate_parameters
-        else:
+        is_plain, logits = self.ir.is_plain, None
+        if not is_plain:
             x, norm = (x if norm is None else norm(x)), None
             with compat.without_autocast(x.device.type):
-                logits = self.ir(_variance(x).to(self.ir.running_scale.dtype))
+                z = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(2)
+                variance = z.var(2, correction=min(1, z.shape[2] - 1))  # of a 1x1 map 0
+                logits = self.ir(variance.to(self.ir.running_scale.dtype))
         out, mean, whitening, scale = channel_equilibrium(
             x,
             self.theta,
-            *parameters,
+            *(self.ir.gate_parameters if is_plain else (None,) * 4),
             group_size=self.group_size,
             num_iterations=self.bd.num_iterations,
             eps=self.bd.eps,
@@ -207,11 +196,8 @@ class ChannelEquilibrium(nn.Module):
         """Move the running values towards those of the batch, unless a value of the batch was not finite."""
         # What is not finite in a map is so in s, and what overflows in a group's covariance in all of its P_T
         is_finite = torch.isfinite(whitening[:, 0, 0].sum() + scale)
-        for running, value in (
-            (self.bd.running_mean, mean),
-            (self.bd.running_whitening, whitening),
-            (self.ir.running_scale, scale),
-        ):
+        buffers = self.bd.running_mean, self.bd.running_whitening, self.ir.running_scale
+        for running, value in zip(buffers, (mean, whitening, scale)):
             running.lerp_(torch.where(is_finite, value.to(running.dtype), running), self.momentum)
 
     @property
@@ -221,22 +207,18 @@ class ChannelEquilibrium(nn.Module):
 
     @property
     def lacks_statistics(self) -> bool:
-        """Whether no data ever updated the running values: then P_T is still exactly I and the mean exactly 0.
-
-        False too where nothing says so: for meta and fake tensors, which have no values.
-        """
+        """Whether no data ever updated the running values: then P_T is still exactly I and the mean exactly 0."""
         eye = torch.eye(self.group_size, device=self.bd.running_whitening.device)
         return _is_true((self.bd.running_mean == 0).all() & (self.bd.running_whitening == eye).all())
 
     def _check_input(self, x: Tensor) -> None:
-        if x.layout != torch.strided:
-            raise ValueError(f'ChannelEquilibrium expects a dense tensor, got one of layout {x.layout}')
-        if x.dim() != 4 or x.shape[1] != self.in_channels or x.numel() == 0:
+        has_shape = x.dim() == 4 and x.shape[1] == self.in_channels and x.numel() > 0
+        has_dtype = x.dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+        if not (has_shape and has_dtype and x.layout == torch.strided):
             raise ValueError(
-                f'ChannelEquilibrium expects a non-empty (N, {self.in_channels}, H, W) tensor, got {tuple(x.shape)}'
+                f'ChannelEquilibrium expects a dense tensor, (N, {self.in_channels}, H, W), none of it 0, of 16, 32 or '
+                f'64-bit floats; got {tuple(x.shape)}, {x.dtype}, {x.layout}'
             )
-        if x.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-            raise ValueError(f'ChannelEquilibrium expects a tensor of 16, 32 or 64-bit floats, got {x.dtype}')
 
     def extra_repr(self) -> str:
         """Describe the arguments that shape the block."""
@@ -247,12 +229,6 @@ class ChannelEquilibrium(nn.Module):
 def _is_true(flag: Tensor) -> bool:
     """Return whether a tensor of one element is true; False for one that has no value: a meta or a fake tensor."""
     return type(flag) is Tensor and not flag.is_meta and bool(flag)
-
-
-def _variance(x: Tensor) -> Tensor:
-    """Return the spatial variances of each sample's channels, (N, C), in float32 at least; of a 1x1 map 0."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(2)
-    return x.var(2, correction=min(1, x.shape[2] - 1))
 
 
 def _group_size(in_channels: int, num_channels: int) -> int:

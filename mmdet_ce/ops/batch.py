@@ -48,27 +48,18 @@ def batch_statistics(
     rounding = (x_means.square() * (share * rounding_variance(options.map_dtype))).sum().view(1)
     if options.process_group is None:
         return None, None, mean, covariance, mean_variance, rounding
-    return _merged(options.process_group, n, length, mean, covariance, mean_variance, rounding)
-
-
-def _merged(
-    group: dist.ProcessGroup,
-    n: int,
-    length: int,
-    mean: Tensor,
-    covariance: Tensor,
-    mean_variance: Tensor,
-    rounding: Tensor,
-) -> tuple[Tensor, ...]:
-    """Return the moments of the whole batch from those of this process's part."""
-    shape = covariance.shape
     counts = [torch.full((1,), float(count), dtype=mean.dtype, device=mean.device) for count in (n, n * length)]
-    packed = torch.cat([*counts, mean_variance, rounding, mean.flatten(), covariance.flatten()])
+    return _merged(options.process_group, *counts, mean, covariance, mean_variance, rounding)
+
+
+def _merged(group: dist.ProcessGroup, *moments: Tensor) -> tuple[Tensor, ...]:
+    """Return the moments of the whole batch from those of this process's part."""
+    packed = torch.cat([tensor.flatten() for tensor in moments])
     gathered = packed.new_empty(group.size(), len(packed))
     dist.all_gather(list(gathered.unbind()), packed, group=group)
-    samples, positions, variances, roundings, means, covariances = gathered.split(
-        [1, 1, 1, 1, mean.numel(), shape.numel()], 1
-    )
+    parts = gathered.split([tensor.numel() for tensor in moments], 1)
+    samples, positions, means, covariances, variances, roundings = parts
+    shape = moments[3].shape
     by_sample, by_position = samples / samples.sum(), positions / positions.sum()
     mean = (by_position * means).sum(0)
     # The covariances lie about each process's own mean: add that of the means
@@ -100,13 +91,7 @@ def batch_scale(mean_variance: Tensor, rounding: Tensor, map_dtype: torch.dtype)
 
 
 def batch_scale_backward(saved: Saved, d_variance: Tensor, d_log_inverse_scale: Tensor) -> Tensor:
-    """Return the gradient of the variances, (N, C), with what comes through s = sqrt(mean(v)).
-
-    Args:
-        saved: Of the forward pass.
-        d_variance: (N, C), without.
-        d_log_inverse_scale: (1,), the gradient with respect to log(1 / s), of all processes.
-    """
+    """Add to the gradient of v, (N, C), what comes through s = sqrt(mean(v)), from that of log(1 / s), (1,)."""
     n, channels = d_variance.shape
     of_each = d_log_inverse_scale.masked_fill(saved.lacks_variance, 0.0)
     of_each = of_each / ((n if saved.samples is None else saved.samples) * (2 * channels))

@@ -76,13 +76,8 @@ def coefficients_backward(
 ) -> tuple[Tensor, Tensor, tuple[Optional[Tensor], ...]]:
     """Return K and k in dx = M^T dy + K x - k, and the gradients of ``inputs``, from the norm's weight on.
 
-    Args:
-        saved: Of the forward pass, as are ``length``, ``inputs`` and ``options``.
-        length: Positions L of a sample.
-        d_matrix: The gradient of what z was multiplied with, (N, G, d, d).
-        d_constant: The gradient of what was added, (N, G, d), or None.
-        inputs: The tensors beside the map.
-        options: The arguments.
+    ``d_matrix`` and ``d_constant`` are the gradients of what z was multiplied with and of what was added; the other
+    arguments are those of the forward pass.
     """
     saved, inputs, group = Saved(*saved), _converted(inputs, options.dtype), options.process_group
     d_matrix, d_covariance, d_norm = d_matrix.to(options.dtype), None, (None, None)
@@ -144,13 +139,8 @@ def through_statistics(
 ) -> tuple[Tensor, Tensor]:
     """Return K, (N, G, d, d), or its diagonal, (N, G, d), in evaluation, and k, (N, G, d), in dx = M^T dy + K x - k.
 
-    Through a sample's own variance comes 2 dv / (L - 1) (x - m), through the covariance 2 dSigma / (N L) (x - mu).
-
-    Args:
-        saved: Of the forward pass.
-        length: Positions L of a sample.
-        d_variance: dv, (N, G, d), of z.
-        d_covariance: dSigma, (G, d, d), symmetric, of z; None in evaluation.
+    Through a sample's own variance comes 2 dv / (L - 1) (x - m), through the covariance 2 dSigma / (N L) (x - mu); dv,
+    (N, G, d), and dSigma, (G, d, d), symmetric and None in evaluation, are those of z.
     """
     means, factor = saved.sample_means, 2 / max(length - 1, 1)
     if d_covariance is None:

@@ -34,10 +34,7 @@ def gate(variance: Tensor, inputs: Inputs) -> tuple[Optional[Tensor], ...]:
 def gate_backward(saved: Saved, inputs: Inputs, d_log_gate: Tensor) -> tuple[Tensor, tuple[Optional[Tensor], ...]]:
     """Return the gradients of v, (N, C), and of W1, LayerNorm's weight and bias, and W2; or of the logits after these.
 
-    Args:
-        saved: Of the forward pass.
-        inputs: Those of the forward pass.
-        d_log_gate: (N, C), the gradient with respect to log(gate): the gate times its own gradient.
+    ``d_log_gate``, (N, C), is the gradient with respect to log(gate): the gate times its own gradient.
     """
     d_logits = torch.addcmul(d_log_gate, d_log_gate, saved.gate, value=-1)  # sigmoid' = gate (1 - gate)
     if inputs.logits is not None:

@@ -40,10 +40,10 @@ class GroupedMap(NamedTuple):
 def group(
     x: Tensor, group_size: int, dtype: torch.dtype, channels_last: Optional[bool] = None, with_scratch: bool = False
 ) -> GroupedMap:
-    """Prepare a map for the passes.
+    """Prepare a map, (N, C, H, W), for the passes, in groups of d channels.
 
     Args:
-        x: (N, C, H, W). If it is neither contiguous nor channels_last it is copied to the contiguous format.
+        x: If it is neither contiguous nor channels_last it is copied to the contiguous format.
         group_size: Channels d of a group.
         dtype: The dtype to compute in. A 16-bit map on CUDA stays as it is.
         channels_last: Which format to bring it into; None for its own.
@@ -66,14 +66,10 @@ def group(
 def reduce(x: GroupedMap, with_covariance: bool) -> tuple[Tensor, Tensor]:
     """Return the means m of each sample's positions and the products summed about them.
 
-    About zero instead of m, a mean of many standard deviations would cost float32 the digits of the variance. 16-bit
-    maps are not harmed: their own rounding is larger than what the float32 sums lose.
-
-    Their sums could overflow, though: of bfloat16 maps on CUDA from magnitudes of 1e16 on.
-
-    Returns:
-        m, (N, G, d), and the scatter S = (x - m)(x - m)^T, (N, G, d, d), or without covariance its diagonal, (N, G, d),
-        divided by ``SCATTER_UNIT``.
+    They are m, (N, G, d), and the scatter S = (x - m)(x - m)^T, (N, G, d, d), or without covariance its diagonal, in
+    units of ``SCATTER_UNIT``. About zero instead of m, a mean of many deviations would cost float32 the digits of the
+    variance. 16-bit maps are not harmed: their own rounding is larger than what the float32 sums lose. (Those could
+    overflow, though: of bfloat16 maps on CUDA from magnitudes of 1e16 on.)
     """
     values, length = x.values, x.values.shape[2]
     if values.element_size() == 2:
@@ -107,12 +103,7 @@ def apply(
 ) -> Tensor:
     """Return relu(M x + c + residual), of the shape, dtype and memory format of the map.
 
-    Args:
-        x: The map.
-        matrix: M, (N, G, d, d).
-        constant: c, (N, G, d), or None.
-        residual: The shortcut, of the shape of the map, or None.
-        relu: Whether ReLU comes last.
+    M is (N, G, d, d) and c (N, G, d); c and the shortcut, of the shape of the map, may be None.
     """
     matrix, constant = (None if t is None else t.flatten(0, 1).to(x.values.dtype) for t in (matrix, constant))
     out = _as_map(_product(matrix, x.values, constant, x), x)
@@ -124,17 +115,10 @@ def apply(
 def reduce_backward(
     grad: Tensor, x: GroupedMap, out: Optional[Tensor] = None, with_constant: bool = True
 ) -> tuple[Tensor, Optional[Tensor], Tensor, GroupedMap]:
-    """Return the gradients of M and of its constant, and that of the shortcut.
+    """Return dM = dy x^T, (N, G, d, d), dc = sum(dy), (N, G, d), dy, and dy prepared for ``apply_backward``.
 
-    Args:
-        grad: The gradient of the output of ``apply``, (N, C, H, W).
-        x: The map that M was applied to.
-        out: The output of the ReLU at the end, or None where there was none.
-        with_constant: Whether there was a constant.
-
-    Returns:
-        dM = dy x^T, (N, G, d, d); dc = sum(dy), (N, G, d), or None; dy, the gradient before the ReLU, (N, C, H, W); and
-        dy prepared for ``apply_backward``.
+    ``grad`` is the gradient of what ``apply`` returned; dy that before the ReLU, whose output ``out`` was, and of the
+    shortcut.
     """
     dy_map = grad if out is None else torch.ops.aten.threshold_backward(grad, out, 0)
     dy = group(dy_map, x.values.shape[1], x.values.dtype, x.channels_last)
@@ -146,12 +130,7 @@ def reduce_backward(
 def apply_backward(dy: GroupedMap, x: GroupedMap, matrix: Tensor, k_matrix: Tensor, k_vector: Tensor) -> Tensor:
     """Return dx = M^T dy + K x - k, of the shape, dtype and memory format of the map.
 
-    Args:
-        dy: The gradient before the ReLU.
-        x: The map that M was applied to.
-        matrix: M, (N, G, d, d).
-        k_matrix: K, (N, G, d, d), symmetric, or where it is diagonal its diagonal, (N, G, d).
-        k_vector: k, (N, G, d).
+    ``dy`` is the gradient before the ReLU. K is (N, G, d, d), symmetric, or where it is diagonal its diagonal.
     """
     matrix, k_matrix, k_vector = (t.flatten(0, 1).to(x.values.dtype) for t in (matrix, k_matrix, -k_vector))
     if k_matrix.dim() == 2:

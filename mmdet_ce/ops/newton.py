@@ -54,13 +54,7 @@ def inverse_sqrt_newton_derivative(normalized: Tensor, direction: Tensor, num_it
 
         f([[Sigma_N, E], [0, Sigma_N]]) = [[f(Sigma_N), f'(Sigma_N)[E]], [0, f(Sigma_N)]]
 
-    Args:
-        normalized: Sigma_N, (G, d, d), symmetric.
-        direction: E, (G, d, d): a direction, or the gradient with respect to P_T, of which the symmetric part counts.
-        num_iterations: Newton steps T.
-
-    Returns:
-        (G, d, d), symmetric: the derivative, or the gradient with respect to Sigma_N.
+    E is a direction, or the gradient with respect to P_T, of which the symmetric part counts. All are (G, d, d).
     """
     d = normalized.shape[-1]
     block = normalized.new_zeros(len(normalized), 2 * d, 2 * d)

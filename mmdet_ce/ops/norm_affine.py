@@ -36,14 +36,9 @@ def fold_backward(saved: Saved, d_folded: Tensor, d_constant: Tensor) -> tuple[T
 def moments_backward(
     saved: Saved, d_a: Tensor, d_variance: Tensor, d_covariance: Optional[Tensor], share: float
 ) -> tuple[Tensor, Tensor, Optional[Tensor]]:
-    """Return the gradient of a, to which the moments of x add, and the gradients of the moments of z.
+    """Return the gradient of a, to which the moments of x add, and the gradients of the moments of z from those of x.
 
-    Args:
-        saved: Of the forward pass.
-        d_a: Through M alone, (G, d).
-        d_variance: Of x, (N, G, d).
-        d_covariance: Of x, (G, d, d); None in evaluation.
-        share: This process's part of the gradient of the covariance, which all processes compute alike.
+    ``share`` is this process's part of what comes through the covariance, which all processes compute alike.
     """
     d_variance = saved.a * d_variance
     d_a = torch.add(d_a, (saved.z_variance * d_variance).sum(0), alpha=2)

@@ -8,7 +8,7 @@ the map is reduced, then multiplied once; what lies between are small matrices:
     m, S -> v, Sigma, s -> gate, P_T -> M, c      small matrices
     y = relu(M x + c + shortcut)                  a product, with the end of a residual block in it
 
-The backward pass works the same way, and keeps nothing of the size of x but x and, with a ReLU, y:
+The backward pass keeps nothing of the size of x but x and, with a ReLU, y:
 
     dy -> 0 where y = 0                           the gradient of the shortcut
     dM, dc = dy x^T, sum(dy)                      a reduction
@@ -85,12 +85,11 @@ def channel_equilibrium(
         norm: The norm before CE, in evaluation, folded into M.
         residual: The shortcut of a residual block, added to the output; of the shape of ``x``.
         relu: Whether ReLU comes last, as in a residual block.
-        process_group: The processes whose samples together are the batch of the training form, as in SyncBN; None for
-            this process alone. Every process must call the function, and run its backward pass, equally often.
+        process_group: The processes whose samples are the batch in training, as in SyncBN; None for this one alone.
+            Every process must call the function, and run its backward pass, equally often.
 
     Returns:
-        The output, in the dtype and memory format of ``x``, differentiable once; and the statistics it was computed
-        with, constants.
+        The output, like ``x`` and differentiable once, and the statistics it was computed with, constants.
     """
     training = running_whitening is None or running_scale is None
     group, running = (process_group, None) if training else (None, (running_whitening, running_scale))
