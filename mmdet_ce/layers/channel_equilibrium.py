@@ -216,8 +216,8 @@ class ChannelEquilibrium(nn.Module):
         has_dtype = x.dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
         if not (has_shape and has_dtype and x.layout == torch.strided):
             raise ValueError(
-                f'ChannelEquilibrium expects a dense tensor, (N, {self.in_channels}, H, W), none of it 0, of 16, 32 or '
-                f'64-bit floats; got {tuple(x.shape)}, {x.dtype}, {x.layout}'
+                f'ChannelEquilibrium expects a non-empty dense tensor, (N, {self.in_channels}, H, W), of 16, 32 or '
+                f'64-bit floats, got {tuple(x.shape)}, {x.dtype}, {x.layout}'
             )
 
     def extra_repr(self) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from mmdet.models import ResNet
@@ -11,7 +9,6 @@ from mmdet.registry import MODELS
 from utils import assert_agree, randomize
 
 from mmdet_ce import CEMobileNetV2, CEResNet, ChannelEquilibrium
-from mmdet_ce.backbones.loading_report import CheckpointMismatchError, summarize_load
 
 FAMILY = [
     ('CEResNet', 'ResNet', dict(depth=18, base_channels=16)),
@@ -121,10 +118,3 @@ def test_plugin_takes_every_argument():
     plugins = [dict(cfg=cfg, stages=(False, True, False, False), position='after_conv3')]
     layers = [m for m in ResNet(depth=50, plugins=plugins).modules() if isinstance(m, ChannelEquilibrium)]
     assert len(layers) == 4 and all(m.is_identity and m.bd.num_iterations == 5 for m in layers)
-
-
-def test_load_summary_knows_the_family():
-    backbone = CEMobileNetV2()
-    assert 'CE is loaded with its statistics' in summarize_load(backbone, copy.deepcopy(backbone).state_dict())
-    with pytest.raises(CheckpointMismatchError, match='CEMobileNetV2'):
-        summarize_load(backbone, ResNet(depth=18).state_dict())

@@ -100,13 +100,6 @@ def test_statistics_that_data_updated_are_not_reported():
     assert not unset_statistics(lambda: backbone.eval()(torch.randn(2, 3, 64, 64)))
 
 
-def test_fresh_backbone_in_eval_is_finite():
-    for arguments in (dict(), dict(frozen_stages=1)):
-        backbone = CEResNet(depth=50, **arguments).eval()
-        for out in backbone(torch.randn(1, 3, 32, 32)):
-            assert torch.isfinite(out).all()
-
-
 # ---- what frameworks do to a model ----
 
 
@@ -134,11 +127,3 @@ def test_state_survives_deepcopy_and_sync_bn_conversion(change, training):
     state = backbone.state_dict()
     assert other.state_dict().keys() == state.keys()
     assert all(torch.allclose(t, state[key], atol=1e-5) for key, t in other.state_dict().items())
-
-
-def test_autocast_trains_finite():
-    backbone = CEResNet(depth=18, norm_eval=False, **TINY).train()
-    with torch.autocast('cpu', dtype=torch.bfloat16):
-        outs = backbone(torch.randn(2, 3, 64, 64))
-    sum(o.float().square().mean() for o in outs).backward()
-    assert all(torch.isfinite(p.grad).all() for p in backbone.parameters())

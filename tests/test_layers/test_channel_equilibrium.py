@@ -111,10 +111,6 @@ def test_identity_start(training):
     assert_agree(ce(x), alone(x), 1e-6)
 
 
-def test_no_identity_start_by_default():
-    assert 'alpha' not in ChannelEquilibrium(32).state_dict()
-
-
 def test_branches_are_what_the_paper_says():
     """lambda = 1 leaves batch decorrelation alone, lambda = 0 instance reweighting."""
     ce = ChannelEquilibrium(32, num_iterations=20).double()
@@ -169,15 +165,6 @@ def test_fresh_block_is_finite(make, shape, training):
     # nothing is blown up either: the largest gain of the whitening (16 channels, T = 3) is 2.9, that of 1 / s is 1 / s
     scale = x.detach().std((2, 3), correction=0).max().item() or 1.0
     assert out.abs().max() <= x.detach().abs().max() * (3 + 2 / scale)
-
-
-def test_scale_is_exact_for_small_inputs():
-    """The divide guard does not change the formula where there is variance."""
-    ce = randomize(ChannelEquilibrium(32)).double()
-    x = 1e-3 * torch.randn(2, 32, 6, 6, dtype=torch.float64)
-    expected = reference(ce, x)
-    assert_agree(expected.scale, x.var(dim=(2, 3)).mean().sqrt().reshape(1), 1e-12, 's')
-    assert_agree(ce(x), expected.out, 1e-10, 'out')
 
 
 FLOAT16 = pytest.param(torch.float16, marks=needs('float16 under autocast on a CPU'))
@@ -282,7 +269,6 @@ FLOAT8 = getattr(torch, 'float8_e4m3fn', torch.int8)
     [(torch.zeros(s), s) for s in [(2, 32, 4), (2, 32, 4, 4, 4), (0, 32, 4, 4), (2, 32, 0, 4), (2, 16, 4, 4)]]
     + [(torch.zeros(2, 32, 4, 4).to(dtype), dtype) for dtype in (torch.int64, torch.bool, torch.complex64, FLOAT8)]
     + [(torch.zeros(2, 32, 4, 4).to_sparse(), 'torch.sparse_coo')],
-    ids=str,
 )
 def test_bad_input(x, got):
     with pytest.raises(
