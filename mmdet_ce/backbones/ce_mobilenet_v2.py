@@ -10,16 +10,16 @@ from mmdet.models.layers import InvertedResidual
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 
-from .ce_backbone import CEBackbone, build_ce, check_stages, has_hooks, norm_ce, run_block
+from ..layers.hooked import has_hooks
+from .ce_backbone import CEBackbone, build_ce, check_stages, norm_ce, run_block
 
 
 class CEInvertedResidual(InvertedResidual):
     """mmdet's InvertedResidual with a CE slot after the linear projection's norm, before the shortcut is added.
 
     Args:
-        *args: See mmdet's InvertedResidual.
         ce: Arguments of the block's ChannelEquilibrium, or None for a plain block.
-        **kwargs: See mmdet's InvertedResidual.
+        *args, **kwargs: See mmdet's InvertedResidual.
     """
 
     def __init__(self, *args: Any, ce: Optional[dict] = None, **kwargs: Any) -> None:
@@ -51,15 +51,14 @@ class CEInvertedResidual(InvertedResidual):
 class CEMobileNetV2(CEBackbone, MobileNetV2):
     """mmdet's MobileNetV2 with Channel Equilibrium.
 
-    CE sits after the linear projection's norm of each inverted residual (``layerN.M.ce``). The paper has CE in
-    MobileNets without saying where; this place, the last norm of the block as in a ResNet, is this project's choice,
-    and nobody has published weights for it.
+    CE is after the linear projection's norm of each inverted residual (``layerN.M.ce``): the last norm of the block, as
+    in a ResNet. The paper does not say where its MobileNets have CE, and there are no published weights.
 
     Args:
         ce_cfg: Arguments of each ChannelEquilibrium. None switches CE off everywhere. Where ``num_channels`` does not
             divide a stage's channels it is halved until it does.
         stage_with_ce: For each of the seven stages, whether its blocks have CE. Defaults to all.
-        ce_eval: Whether CE stays in evaluation while the network trains. None follows ``norm_eval``.
+        ce_eval: See CEResNet.
         **kwargs: See mmdet's MobileNetV2.
 
     Raises:

@@ -10,25 +10,20 @@ from typing import Optional
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import compat
-from ..ops import EvalNorm, channel_equilibrium
-from ..ops.gate import LAYER_NORM_EPS, GateParameters, gate
+from ..ops import channel_equilibrium
+from ..ops.gate import LAYER_NORM_EPS
 from ..ops.precision import in_backward_pass
+from .hooked import has_hooks
 
 
 class BatchDecorrelation(nn.Module):
-    """What the branch BD(x) = P_T x keeps: the running whitening matrix of each channel group.
-
-    Args:
-        num_groups: Channel groups G.
-        group_size: Channels d of a group.
-        num_iterations: Newton steps T.
-        eps: Ridge added to the covariance.
-    """
+    """What the branch BD(x) = P_T x keeps: the running whitening matrix of each channel group."""
 
     def __init__(self, num_groups: int, group_size: int, num_iterations: int, eps: float) -> None:
         super().__init__()
@@ -40,12 +35,7 @@ class BatchDecorrelation(nn.Module):
 
 
 class InstanceReweighting(nn.Module):
-    """What the branch IR(x_n) = gate_n / s * x_n keeps: the gate's layers and the running scale (the paper's AII).
-
-    Args:
-        in_channels: Channels C.
-        reduction: The gate's bottleneck has C / reduction channels.
-    """
+    """What the branch IR(x_n) = gate_n / s * x_n keeps: the gate's layers and the running scale (the paper's AII)."""
 
     def __init__(self, in_channels: int, reduction: int) -> None:
         super().__init__()
@@ -56,18 +46,33 @@ class InstanceReweighting(nn.Module):
         self.register_buffer('running_scale', torch.ones(1))
 
     @property
-    def gate_parameters(self) -> GateParameters:
+    def is_plain(self) -> bool:
+        """Whether the weights say what the gate is: no module is hooked, parametrized, wrapped or replaced."""
+        linear, norm = (self.fc1, self.fc2), self.norm
+        return (
+            all(type(layer) is nn.Linear and layer.bias is None for layer in linear)
+            and type(norm) is nn.LayerNorm
+            and (norm.eps == LAYER_NORM_EPS and norm.weight is not None and norm.bias is not None)
+            and not any(map(has_hooks, (self, *linear, norm)))
+        )
+
+    @property
+    def gate_parameters(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The gate's W1, LayerNorm weight and bias, and W2."""
-        return GateParameters(self.fc1.weight, self.norm.weight, self.norm.bias, self.fc2.weight)
+        return self.fc1.weight, self.norm.weight, self.norm.bias, self.fc2.weight
+
+    def forward(self, variance: Tensor) -> Tensor:
+        """Return the gate's logits, (N, C), for the spatial variances of each sample's channels, (N, C)."""
+        return self.fc2(F.relu(self.norm(self.fc1(variance))))
 
     def gate(self, variance: Tensor) -> Tensor:
         """Return the gate, (N, C), for the spatial variances of each sample's channels, (N, C)."""
-        return gate(variance, self.gate_parameters).gate
+        return torch.sigmoid(self(variance))
 
 
 @MODELS.register_module()
 class ChannelEquilibrium(nn.Module):
-    r"""Channel Equilibrium: makes the channels of one layer contribute equally.
+    r"""Channel Equilibrium, designed to balance how much each channel of a layer contributes.
 
     With :math:`\lambda = \mathrm{sigmoid}(\theta)`, the output of a normalization layer becomes
 
@@ -77,34 +82,25 @@ class ChannelEquilibrium(nn.Module):
     channel of each sample by its spatial variance. Both are linear in x once their statistics are known, so x is
     multiplied only once, by the matrix :math:`M_{n,g} = \lambda P_g + (1 - \lambda)\,diag(gate_{n,g} / s)`.
 
-    In training the statistics are the batch's, gradients flow through them, and the running values move by
-    ``momentum`` towards them. In evaluation the running P_T and s are used and left alone, and the gate stays per
-    sample. Before any data was seen they are P_T = I and s = 1. Statistics, iteration and gate are computed in float32
-    at least, under autocast too (float64 in training with more than 8 Newton steps); the output has the dtype of the
-    input.
+    In training the statistics are the batch's, and the running values move by ``momentum`` towards them. In evaluation
+    the running P_T and s are used, at first I and 1. All but the products over x is computed in float32 at least.
 
     Paper: `Channel Equilibrium Networks for Learning Deep Representation <https://arxiv.org/abs/2003.00214>`_.
 
     Args:
         in_channels: Channels C of the input.
-        num_channels: Channels d of a decorrelation group; halved until it divides ``in_channels``.
+        num_channels: Channels d of a decorrelation group, 2 at least; halved until it divides ``in_channels``.
         num_iterations: Newton steps T. Part of the model: keep what a checkpoint was trained with.
         reduction: The gate's bottleneck has ``in_channels // reduction`` channels.
         eps: Ridge added to the covariance.
         momentum: Weight of the batch in the running values.
-        identity_start: Whether the block starts as the identity and CE grows in, for weights that were trained without
-            it: the output is (1 - alpha) x + alpha CE(x), with a parameter alpha that starts at 0. An extension of this
-            project; neither the paper nor the released network has it.
+        identity_start: Whether CE starts switched off and learns its share: the output is (1 - alpha) x + alpha CE(x),
+            with a parameter alpha that starts at 0. An extension of this project, for weights trained without CE.
         sync: Whether the batch of the training form is that of all processes, as in SyncBN. Otherwise each process has
             its own statistics, and a checkpoint holds those of rank 0.
 
     Shape:
-        - Input: (N, C, H, W), float16, bfloat16, float32 or float64.
-        - Output: the same shape, dtype and memory format.
-
-    Raises:
-        ValueError: If the channels cannot be grouped, an argument is out of range, or an input is not (N, C, H, W),
-            is empty, is sparse, or has another C or dtype.
+        (N, C, H, W), float16, bfloat16, float32 or float64. The output is like the input, in memory format too.
 
     Example:
         >>> import torch
@@ -130,14 +126,14 @@ class ChannelEquilibrium(nn.Module):
             in_channels=in_channels, num_channels=num_channels, num_iterations=num_iterations, reduction=reduction
         )
         for name, value in counts.items():
-            if type(value) is not int or value < 1:
-                raise ValueError(f'{name} must be an integer of at least 1, got {value!r}')
+            least = 2 if name == 'num_channels' else 1
+            if type(value) is not int or value < least:
+                raise ValueError(f'{name} must be an integer of at least {least}, got {value!r}')
         if reduction > in_channels:
             raise ValueError(f'reduction must be between 1 and in_channels={in_channels}, got {reduction}')
-        if not 0 < eps <= 1:
-            raise ValueError(f'eps must be in (0, 1], got {eps}')
-        if not 0 < momentum <= 1:
-            raise ValueError(f'momentum must be in (0, 1], got {momentum}')
+        for name, share in (('eps', eps), ('momentum', momentum)):
+            if not 0 < share <= 1:
+                raise ValueError(f'{name} must be in (0, 1], got {share}')
         self.in_channels = in_channels
         self.group_size = _group_size(in_channels, num_channels)
         self.num_groups = in_channels // self.group_size
@@ -150,32 +146,36 @@ class ChannelEquilibrium(nn.Module):
 
     @compat.outside_graphs
     def forward(
-        self,
-        x: Tensor,
-        norm: Optional[_BatchNorm] = None,
-        residual: Optional[Tensor] = None,
-        relu: bool = False,
+        self, x: Tensor, norm: Optional[_BatchNorm] = None, residual: Optional[Tensor] = None, relu: bool = False
     ) -> Tensor:
-        """Apply the block to ``x``, (N, C, H, W), or, folded into one product, to ``norm(x)``.
+        """Return relu(CE(norm(x)) + residual) for x, (N, C, H, W); what is left out is not applied.
 
         Args:
             x: The output of the norm before CE, or its input where ``norm`` is given.
-            norm: A BatchNorm in evaluation, which is an affine map of each channel.
-            residual: The shortcut of a residual block, which is added, of the shape of ``x``.
-            relu: Whether ReLU comes last, as in a residual block.
+            norm: A BatchNorm in evaluation, which is folded into CE's product.
+            residual: The shortcut of a residual block, of the shape of ``x``.
+            relu: Whether ReLU comes last.
         """
         self._check_input(x)
+        is_plain, logits = self.ir.is_plain, None
+        if not is_plain:
+            x, norm = (x if norm is None else norm(x)), None
+            with compat.without_autocast(x.device.type):
+                z = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(2)
+                variance = z.var(2, correction=min(1, z.shape[2] - 1))  # of a 1x1 map 0
+                logits = self.ir(variance.to(self.ir.running_scale.dtype))
         out, mean, whitening, scale = channel_equilibrium(
             x,
             self.theta,
-            *self.ir.gate_parameters,
+            *(self.ir.gate_parameters if is_plain else (None,) * 4),
             group_size=self.group_size,
             num_iterations=self.bd.num_iterations,
             eps=self.bd.eps,
             running_whitening=None if self.training else self.bd.running_whitening,
             running_scale=None if self.training else self.ir.running_scale,
             alpha=self.alpha,
-            norm=None if norm is None else EvalNorm.of(norm),
+            logits=logits,
+            norm=norm,
             residual=residual,
             relu=relu,
             process_group=self._process_group(),
@@ -193,10 +193,12 @@ class ChannelEquilibrium(nn.Module):
 
     @torch.no_grad()
     def _update(self, mean: Tensor, whitening: Tensor, scale: Tensor) -> None:
-        """Move the running values towards those of the batch."""
-        self.bd.running_mean.lerp_(mean.to(self.bd.running_mean.dtype), self.momentum)
-        self.bd.running_whitening.lerp_(whitening.to(self.bd.running_whitening.dtype), self.momentum)
-        self.ir.running_scale.lerp_(scale.to(self.ir.running_scale.dtype), self.momentum)
+        """Move the running values towards those of the batch, unless a value of the batch was not finite."""
+        # What is not finite in a map is so in s, and what overflows in a group's covariance in all of its P_T
+        is_finite = torch.isfinite(whitening[:, 0, 0].sum() + scale)
+        buffers = self.bd.running_mean, self.bd.running_whitening, self.ir.running_scale
+        for running, value in zip(buffers, (mean, whitening, scale)):
+            running.lerp_(torch.where(is_finite, value.to(running.dtype), running), self.momentum)
 
     @property
     def is_identity(self) -> bool:
@@ -205,22 +207,18 @@ class ChannelEquilibrium(nn.Module):
 
     @property
     def lacks_statistics(self) -> bool:
-        """Whether no data ever updated the running values: then P_T is still exactly I and the mean exactly 0.
-
-        False too where nothing says so: for meta and fake tensors, which have no values.
-        """
+        """Whether no data ever updated the running values: then P_T is still exactly I and the mean exactly 0."""
         eye = torch.eye(self.group_size, device=self.bd.running_whitening.device)
         return _is_true((self.bd.running_mean == 0).all() & (self.bd.running_whitening == eye).all())
 
     def _check_input(self, x: Tensor) -> None:
-        if x.layout != torch.strided:
-            raise ValueError(f'ChannelEquilibrium expects a dense tensor, got one of layout {x.layout}')
-        if x.dim() != 4 or x.shape[1] != self.in_channels or x.numel() == 0:
+        has_shape = x.dim() == 4 and x.shape[1] == self.in_channels and x.numel() > 0
+        has_dtype = x.dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+        if not (has_shape and has_dtype and x.layout == torch.strided):
             raise ValueError(
-                f'ChannelEquilibrium expects a non-empty (N, {self.in_channels}, H, W) tensor, got {tuple(x.shape)}'
+                f'ChannelEquilibrium expects a non-empty dense tensor, (N, {self.in_channels}, H, W), of 16, 32 or '
+                f'64-bit floats, got {tuple(x.shape)}, {x.dtype}, {x.layout}'
             )
-        if x.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-            raise ValueError(f'ChannelEquilibrium expects a tensor of 16, 32 or 64-bit floats, got {x.dtype}')
 
     def extra_repr(self) -> str:
         """Describe the arguments that shape the block."""
@@ -238,7 +236,7 @@ def _group_size(in_channels: int, num_channels: int) -> int:
     d = num_channels
     while in_channels % d:
         d //= 2
-    if d == 1 and num_channels > 1:
+    if d == 1:
         raise ValueError(
             f'in_channels={in_channels} cannot be grouped: neither num_channels={num_channels} nor any of its halves '
             'above 1 divides it; choose a num_channels that shares a larger factor with it'

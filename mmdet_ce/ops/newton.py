@@ -2,65 +2,47 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-
-class WhiteningState(NamedTuple):
-    """P_T, and what the backward pass needs of the forward pass."""
-
-    trace: Tensor  # (G, 1, 1), of Sigma
-    normalized: Tensor  # (G, d, d), Sigma_N
-    whitening: Tensor  # (G, d, d), P_T
+from .precision import add_matmul, matmul
+from .records import Saved
 
 
-def whitening(covariance: Tensor, eps: float, num_iterations: int) -> WhiteningState:
-    """Return P_T of Sigma = covariance + eps I, (G, d, d)."""
-    identity = eye(covariance)
-    sigma = torch.add(covariance, identity, alpha=eps)
+def whitening(covariance: Tensor, eps: float, num_iterations: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return trace(Sigma), (G, 1, 1), Sigma_N and P_T, (G, d, d), of Sigma = covariance + eps I."""
+    sigma = covariance.clone()
+    sigma.diagonal(dim1=1, dim2=2).add_(eps)
     trace = sigma.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
     normalized = sigma / trace
-    return WhiteningState(trace, normalized, _iterate(normalized, identity, num_iterations))
+    return trace, normalized, inverse_sqrt_newton(normalized, num_iterations)
 
 
-def whitening_backward(trace: Tensor, normalized: Tensor, num_iterations: int, d_whitening: Tensor) -> Tensor:
+def whitening_backward(saved: Saved, num_iterations: int, d_whitening: Tensor) -> Tensor:
     """Return the gradient of the covariance, (G, d, d), symmetric, from that of P_T.
 
     Through Sigma_N = Sigma / trace(Sigma): dSigma = (dSigma_N - <dSigma_N, Sigma_N> I) / trace(Sigma).
     """
-    d_normalized = inverse_sqrt_newton_derivative(normalized, d_whitening, num_iterations)
-    along = (d_normalized * normalized).sum((1, 2))
+    d_normalized = inverse_sqrt_newton_derivative(saved.normalized, d_whitening, num_iterations)
+    along = (d_normalized * saved.normalized).sum((1, 2))
     d_normalized.diagonal(dim1=1, dim2=2).sub_(along[:, None])
-    return d_normalized / trace
+    return d_normalized / saved.trace
 
 
 def inverse_sqrt_newton(normalized: Tensor, num_iterations: int) -> Tensor:
-    """Approximate the inverse square root of a covariance of trace 1.
+    """Return P_T, (G, d, d), which approximates the inverse square root of Sigma_N, a covariance of trace 1.
 
     The paper iterates P <- 1.5 P - 0.5 P^3 Sigma_N from P = I. Here Y = P Sigma_N is carried along (the coupled
     Newton-Schulz form): the same P in exact arithmetic, but stable, where the single form diverges in float32 after
     some ten steps on an ill-conditioned covariance. The number of steps belongs to the model: after T = 3 the
     iteration is far from converged, and a checkpoint must run with the T that it was trained with.
-
-    Args:
-        normalized: Sigma_N = Sigma / trace(Sigma), (G, d, d), symmetric positive definite.
-        num_iterations: Newton steps T, at least 1.
-
-    Returns:
-        P_T, (G, d, d).
     """
-    return _iterate(normalized, eye(normalized), num_iterations)
-
-
-def _iterate(normalized: Tensor, identity: Tensor, num_iterations: int) -> Tensor:
-    y = normalized  # P_0 Sigma_N
+    identity, y = eye(normalized), normalized  # P_0 and Y_0 = P_0 Sigma_N
     step = p = torch.lerp(identity, y, -0.5)  # 1.5 I - 0.5 Sigma_N, the first step from P_0 = I
     for _ in range(num_iterations - 1):
-        y = y @ step
-        step = torch.baddbmm(identity, p, y, beta=1.5, alpha=-0.5)
-        p = step @ p
+        y = matmul(y, step)
+        step = add_matmul(identity, p, y, beta=1.5, alpha=-0.5)
+        p = matmul(step, p)
     return p
 
 
@@ -68,17 +50,11 @@ def inverse_sqrt_newton_derivative(normalized: Tensor, direction: Tensor, num_it
     """Return the derivative of ``inverse_sqrt_newton`` in a direction, which is its gradient too.
 
     P_T is a polynomial f of the symmetric Sigma_N, so the adjoint of its derivative is that derivative itself, and it
-    stands in a corner of f of a matrix of twice the size (Higham, Functions of Matrices, 2008, theorem 3.6):
+    is a corner of f of a matrix of twice the size (Higham, Functions of Matrices, 2008, theorem 3.6):
 
         f([[Sigma_N, E], [0, Sigma_N]]) = [[f(Sigma_N), f'(Sigma_N)[E]], [0, f(Sigma_N)]]
 
-    Args:
-        normalized: Sigma_N, (G, d, d), symmetric.
-        direction: E, (G, d, d): a direction, or the gradient with respect to P_T, of which the symmetric part counts.
-        num_iterations: Newton steps T.
-
-    Returns:
-        (G, d, d), symmetric: the derivative, or the gradient with respect to Sigma_N.
+    E is a direction, or the gradient with respect to P_T, of which the symmetric part counts. All are (G, d, d).
     """
     d = normalized.shape[-1]
     block = normalized.new_zeros(len(normalized), 2 * d, 2 * d)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import io
-from collections import Counter
 
 import pytest
 import torch
 from mmdet.registry import MODELS
-from utils import assert_agree, needs, randomize
+from utils import assert_agree, needs, randomize, unset_statistics
 
-from mmdet_ce.ops.precision import is_exporting
+from mmdet_ce.ops.precision import is_tracing
 
 pytestmark = [needs('torch.export and export to ONNX'), pytest.mark.xdist_group('export')]  # one worker, one export
 
@@ -49,22 +48,14 @@ def family():
 
 
 @pytest.fixture(scope='module')
-def num_ce(family):
-    return sum(len(list(backbone.named_ce())) for backbone in family.backbones)
-
-
-@pytest.fixture(scope='module')
 def program(family):
     free = torch.export.Dim.DYNAMIC
     return torch.export.export(family, (torch.zeros(2, 3, 64, 96),), dynamic_shapes=({0: free, 2: free, 3: free},))
 
 
 @pytest.mark.slow
-def test_torch_export(program, family, num_ce):
-    """Saved and loaded; plain operations, with one batched product for each CE layer, and so no Newton iteration."""
-    counts = Counter(str(node.target) for node in program.graph.nodes)
-    assert num_ce == 5 and counts['aten.bmm.default'] == num_ce
-    assert not any('baddbmm' in name or 'matmul' in name or 'wrap' in name or '.out' in name for name in counts)
+def test_torch_export(program, family):
+    """Saved and loaded, and run at another size."""
     file = io.BytesIO()
     torch.export.save(program, file)
     file.seek(0)
@@ -75,21 +66,51 @@ def test_torch_export(program, family, num_ce):
             assert_agree(a, b, 1e-5)
 
 
-@pytest.mark.slow
-def test_onnx(program, family, num_ce):
-    import export_onnx  # needs packages that an older torch has no use for
+SIZES = [(1, 3, 64, 96), (3, 3, 51, 37), (1, 3, 4, 4)]  # the last: levels of a single position
 
+
+def largest_difference(model: bytes, family: torch.nn.Module, x: torch.Tensor) -> float:
+    """Return how far onnxruntime is from torch, of the largest magnitude."""
+    onnxruntime = pytest.importorskip('onnxruntime')
+    session = onnxruntime.InferenceSession(model, providers=['CPUExecutionProvider'])
+    with torch.no_grad():
+        pairs = zip(session.run(None, {'images': x.numpy()}), family(x))
+    return max(((torch.from_numpy(a) - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+
+
+@pytest.mark.slow
+def test_onnx(program, family):
+    pytest.importorskip('onnxscript')
     model = torch.onnx.export(program, dynamo=True, verbose=False, input_names=['images']).model_proto
-    session = export_onnx.session(model.SerializeToString())
-    for shape in [(1, 3, 64, 96), (3, 3, 51, 37), (1, 3, 4, 4)]:  # the last: levels of a single position
-        assert export_onnx.largest_difference(family, session, shape) < 1e-4
-    counts = Counter(node.op_type for node in model.graph.node)
-    assert counts['MatMul'] == counts['Sigmoid'] == num_ce and counts['Gemm'] == 2 * num_ce
-    rectified = {node.output[0] for node in model.graph.node if node.op_type == 'Relu'}
-    readers = {node.op_type for node in model.graph.node if node.input[0] in rectified}
-    assert 'Conv' in readers and 'Reshape' not in readers, 'no detour between the blocks'
+    for shape in SIZES:
+        assert largest_difference(model.SerializeToString(), family, torch.randn(shape)) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('opset', [11, 17])
+def test_the_exporter_of_torch_script(family, opset):
+    """As mmdeploy exports. It has neither unflatten (opset 11) nor diag_embed."""
+    file, axes = io.BytesIO(), {'images': {0: 'batch', 2: 'height', 3: 'width'}}
+    images = torch.zeros(2, 3, 64, 96)
+    torch.onnx.export(
+        family, (images,), file, opset_version=opset, dynamo=False, input_names=['images'], dynamic_axes=axes
+    )
+    for shape in SIZES:
+        assert largest_difference(file.getvalue(), family, torch.randn(shape)) < 1e-4
+
+
+@pytest.mark.parametrize('name', ['CEResNet', 'CEMobileNetV2'])
+@pytest.mark.parametrize('record', [torch.jit.trace, lambda model, x: torch.export.export(model, (x,)).module()])
+def test_a_backbone_is_recorded_before_its_first_forward_pass(name, record):
+    """The look at CE's statistics is no part of what is recorded, and is left for the first pass that is not."""
+    size = dict(widen_factor=0.25) if name == 'CEMobileNetV2' else dict(depth=18, base_channels=16)
+    backbone, x = MODELS.build(dict(type=name, **size)).eval(), torch.randn(1, 3, 32, 32)
+    for a, b in zip(record(backbone, x)(x), backbone(x)):
+        assert_agree(a, b, 1e-5)
+    other = MODELS.build(dict(type=name, **size)).eval()
+    assert len(unset_statistics(lambda: (record(other, x), other(x)))) == 1
 
 
 def test_compiling_is_no_export():
-    compiled = torch.compile(lambda x: x + is_exporting(), fullgraph=True, backend='eager')
-    assert compiled(torch.zeros(1)) == 0 and not is_exporting()
+    compiled = torch.compile(lambda x: x + is_tracing(), fullgraph=True, backend='eager')
+    assert compiled(torch.zeros(1)) == 0 and not is_tracing()

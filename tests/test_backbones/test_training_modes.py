@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from mmengine.logging import MMLogger
 from mmengine.model import convert_sync_batchnorm, revert_sync_batchnorm
 from torch.nn.modules.batchnorm import _BatchNorm
 from utils import assert_agree, randomize, unset_statistics
@@ -61,8 +62,8 @@ def test_with_cp_gives_the_same_buffers_and_gradients(depth, norm_eval, norm):
             sum(o.square().mean() for o in model(x)).backward()
     for (name, a), b in zip(plain.named_parameters(), other.parameters()):
         assert_agree(b.grad, a.grad, 1e-6, name)
-    for (key, value), copied in zip(plain.named_buffers(), other.buffers()):
-        assert torch.equal(value, copied), key
+    for key, value in buffers(plain).items():
+        assert torch.equal(value, buffers(other)[key]), key
 
 
 # ---- statistics that no data ever updated ----
@@ -78,6 +79,15 @@ def test_unset_statistics_are_reported_once_with_names():
     assert not unset_statistics(lambda: (backbone(x), backbone.train(), backbone.eval()(x)))
 
 
+def test_unset_statistics_are_in_the_log_too(caplog):
+    logger = MMLogger.get_current_instance()
+    logger.addHandler(caplog.handler)
+    unset_statistics(lambda: CEResNet(depth=18, **TINY).eval()(torch.randn(1, 3, 32, 32)))
+    logger.removeHandler(caplog.handler)
+    (record,) = (r for r in caplog.records if 'statistics that no data ever updated' in r.getMessage())
+    assert record.levelname == 'WARNING'
+
+
 def test_unset_statistics_of_frozen_stages_are_reported_in_training():
     backbone = CEResNet(depth=18, frozen_stages=1, norm_eval=False, **TINY).train()
     (message,) = unset_statistics(lambda: backbone(torch.randn(2, 3, 64, 64)))
@@ -88,13 +98,6 @@ def test_statistics_that_data_updated_are_not_reported():
     backbone = CEResNet(depth=18, norm_eval=False, **TINY).train()
     assert not unset_statistics(lambda: backbone(torch.randn(2, 3, 64, 64)))
     assert not unset_statistics(lambda: backbone.eval()(torch.randn(2, 3, 64, 64)))
-
-
-def test_fresh_backbone_in_eval_is_finite():
-    for arguments in (dict(), dict(frozen_stages=1)):
-        backbone = CEResNet(depth=50, **arguments).eval()
-        for out in backbone(torch.randn(1, 3, 32, 32)):
-            assert torch.isfinite(out).all()
 
 
 # ---- what frameworks do to a model ----
@@ -124,11 +127,3 @@ def test_state_survives_deepcopy_and_sync_bn_conversion(change, training):
     state = backbone.state_dict()
     assert other.state_dict().keys() == state.keys()
     assert all(torch.allclose(t, state[key], atol=1e-5) for key, t in other.state_dict().items())
-
-
-def test_autocast_trains_finite():
-    backbone = CEResNet(depth=18, norm_eval=False, **TINY).train()
-    with torch.autocast('cpu', dtype=torch.bfloat16):
-        outs = backbone(torch.randn(2, 3, 64, 64))
-    sum(o.float().square().mean() for o in outs).backward()
-    assert all(torch.isfinite(p.grad).all() for p in backbone.parameters())

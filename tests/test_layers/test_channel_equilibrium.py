@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import numpy as np
 import pytest
@@ -110,10 +111,6 @@ def test_identity_start(training):
     assert_agree(ce(x), alone(x), 1e-6)
 
 
-def test_no_identity_start_by_default():
-    assert 'alpha' not in ChannelEquilibrium(32).state_dict()
-
-
 def test_branches_are_what_the_paper_says():
     """lambda = 1 leaves batch decorrelation alone, lambda = 0 instance reweighting."""
     ce = ChannelEquilibrium(32, num_iterations=20).double()
@@ -170,15 +167,6 @@ def test_fresh_block_is_finite(make, shape, training):
     assert out.abs().max() <= x.detach().abs().max() * (3 + 2 / scale)
 
 
-def test_scale_is_exact_for_small_inputs():
-    """The divide guard does not change the formula where there is variance."""
-    ce = randomize(ChannelEquilibrium(32)).double()
-    x = 1e-3 * torch.randn(2, 32, 6, 6, dtype=torch.float64)
-    expected = reference(ce, x)
-    assert_agree(expected.scale, x.var(dim=(2, 3)).mean().sqrt().reshape(1), 1e-12, 's')
-    assert_agree(ce(x), expected.out, 1e-10, 'out')
-
-
 FLOAT16 = pytest.param(torch.float16, marks=needs('float16 under autocast on a CPU'))
 
 
@@ -187,7 +175,7 @@ FLOAT16 = pytest.param(torch.float16, marks=needs('float16 under autocast on a C
 def test_autocast_keeps_statistics_in_float32(dtype, scale):
     ce, plain = ChannelEquilibrium(32), ChannelEquilibrium(32)
     plain.load_state_dict(ce.state_dict())
-    x = (scale * torch.randn(2, 32, 8, 8)).to(dtype)
+    x = (scale * (torch.randn(2, 32, 8, 8) + 10)).to(dtype)
     with torch.autocast('cpu', dtype=dtype):
         out = ce(x)
     plain(x.float())
@@ -197,14 +185,11 @@ def test_autocast_keeps_statistics_in_float32(dtype, scale):
         assert torch.equal(a, b), name
 
 
-@pytest.mark.parametrize(
-    'dtype',
-    [pytest.param(torch.float16, marks=needs('training of a float16 CE layer on a CPU')), torch.bfloat16],
-)
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize('training', [True, False])
 def test_a_module_of_low_precision_computes_in_float32(dtype, training):
     ce = randomize(ChannelEquilibrium(32)).to(dtype).train(training)
-    x = torch.randn(2, 32, 8, 8).to(dtype)
+    x = (torch.randn(2, 32, 8, 8) + 10).to(dtype)
     expected = copy.deepcopy(ce).float()(x.float())
     out = ce(x)
     assert out.dtype == dtype
@@ -220,6 +205,20 @@ def test_evaluation_leaves_buffers_alone_and_survives_a_later_training_pass():
     ce.train()(x)  # updates in place the buffers that the graph of `out` was computed from
     out.sum().backward()
     assert ce.theta.grad is not None
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf'), 3e38])
+@pytest.mark.parametrize('positions', [slice(1), slice(None)], ids=['a position', 'a channel'])
+def test_a_batch_that_is_not_finite_leaves_the_running_values(value, positions):
+    """A loss scaler skips its step, and BatchNorm in evaluation keeps nothing of it."""
+    ce = randomize(ChannelEquilibrium(32)).train()
+    before = copy.deepcopy(ce.state_dict())
+    x = torch.randn(2, 32, 4, 4)
+    x[0, 5, positions] = value
+    ce(x)
+    assert all(torch.equal(before[k], v) for k, v in ce.state_dict().items())
+    ce(torch.randn(2, 32, 4, 4))
+    assert not any(torch.equal(before[k], v) for k, v in ce.named_buffers())
 
 
 @pytest.mark.parametrize('use_reentrant', [True, False])
@@ -247,7 +246,8 @@ def test_num_channels_is_halved_until_it_divides():
     [
         (dict(in_channels=17), 'in_channels=17 cannot be grouped'),
         (dict(in_channels=0), 'in_channels must be an integer of at least 1, got 0'),
-        (dict(in_channels=32, num_channels=0), 'num_channels must be an integer of at least 1, got 0'),
+        (dict(in_channels=32, num_channels=0), 'num_channels must be an integer of at least 2, got 0'),
+        (dict(in_channels=32, num_channels=1), 'num_channels must be an integer of at least 2, got 1'),
         (dict(in_channels=32, num_iterations=2.5), 'num_iterations must be an integer of at least 1, got 2.5'),
         (dict(in_channels=32, reduction='4'), "reduction must be an integer of at least 1, got '4'"),
         (dict(in_channels=2, num_channels=2), 'reduction must be between 1 and in_channels=2, got 4'),
@@ -261,23 +261,20 @@ def test_bad_arguments(arguments, message):
         ChannelEquilibrium(**arguments)
 
 
-@pytest.mark.parametrize('shape', [(2, 32, 4), (2, 32, 4, 4, 4), (0, 32, 4, 4), (2, 32, 0, 4), (2, 16, 4, 4)])
-def test_bad_input_shape(shape):
-    with pytest.raises(ValueError, match=r'expects a non-empty \(N, 32, H, W\) tensor, got'):
-        ChannelEquilibrium(32)(torch.zeros(shape))
+FLOAT8 = getattr(torch, 'float8_e4m3fn', torch.int8)
 
 
 @pytest.mark.parametrize(
-    'dtype', [torch.int64, torch.bool, torch.complex64, getattr(torch, 'float8_e4m3fn', torch.int8)]
+    'x, got',
+    [(torch.zeros(s), s) for s in [(2, 32, 4), (2, 32, 4, 4, 4), (0, 32, 4, 4), (2, 32, 0, 4), (2, 16, 4, 4)]]
+    + [(torch.zeros(2, 32, 4, 4).to(dtype), dtype) for dtype in (torch.int64, torch.bool, torch.complex64, FLOAT8)]
+    + [(torch.zeros(2, 32, 4, 4).to_sparse(), 'torch.sparse_coo')],
 )
-def test_bad_input_dtype(dtype):
-    with pytest.raises(ValueError, match=f'a tensor of 16, 32 or 64-bit floats, got {dtype}'):
-        ChannelEquilibrium(32)(torch.zeros(2, 32, 4, 4).to(dtype))
-
-
-def test_bad_input_layout():
-    with pytest.raises(ValueError, match='expects a dense tensor, got one of layout torch.sparse_coo'):
-        ChannelEquilibrium(32)(torch.zeros(2, 32, 4, 4).to_sparse())
+def test_bad_input(x, got):
+    with pytest.raises(
+        ValueError, match=rf'expects a non-empty dense tensor, \(N, 32, H, W\).* got .*{re.escape(str(got))}'
+    ):
+        ChannelEquilibrium(32)(x)
 
 
 def test_state_dict_keys():

@@ -7,7 +7,8 @@ import torch
 from utils import assert_agree
 
 from mmdet_ce.ops import inverse_sqrt_newton
-from mmdet_ce.ops.newton import inverse_sqrt_newton_derivative, whitening, whitening_backward
+from mmdet_ce.ops.newton import whitening, whitening_backward
+from mmdet_ce.ops.records import Saved
 
 
 def covariance(d: int, condition: float, dtype: torch.dtype) -> torch.Tensor:
@@ -39,13 +40,6 @@ def test_coupled_form_equals_the_papers(num_iterations):
     assert_agree(inverse_sqrt_newton(normalized(sigma), num_iterations)[0], p, 1e-12)
 
 
-@pytest.mark.parametrize('num_iterations', [3, 12, 20, 40])
-def test_ill_conditioned_float32_stays_finite(num_iterations):
-    """The uncoupled form is NaN here from some twelve steps on."""
-    sigma = covariance(64, 1e6, torch.float32)
-    assert torch.isfinite(inverse_sqrt_newton(normalized(sigma), num_iterations)).all()
-
-
 def test_converges_to_the_inverse_square_root():
     sigma = covariance(16, 1e2, torch.float64)
     values, vectors = torch.linalg.eigh(sigma / sigma.trace())
@@ -56,17 +50,8 @@ def test_converges_to_the_inverse_square_root():
 def test_whitening_backward_is_the_gradient(num_iterations):
     root = torch.randn(2, 6, 6, dtype=torch.float64)
     sigma = (root @ root.mT).requires_grad_()
-    state = whitening(sigma, 1e-3, num_iterations)
+    trace, normalized, p = whitening(sigma, 1e-3, num_iterations)
     grad = torch.randn(2, 6, 6, dtype=torch.float64)
-    (expected,) = torch.autograd.grad(state.whitening, sigma, grad)
-    actual = whitening_backward(state.trace.detach(), state.normalized.detach(), num_iterations, grad)
+    (expected,) = torch.autograd.grad(p, sigma, grad)
+    actual = whitening_backward(Saved(trace=trace.detach(), normalized=normalized.detach()), num_iterations, grad)
     assert_agree(actual, 0.5 * (expected + expected.mT), 1e-11)
-
-
-@pytest.mark.parametrize('num_iterations', [1, 3, 8])
-def test_derivative_is_autograds_gradient(num_iterations):
-    sigma = normalized(covariance(6, 1e2, torch.float64)).requires_grad_()
-    grad = torch.randn(1, 6, 6, dtype=torch.float64)
-    (expected,) = torch.autograd.grad(inverse_sqrt_newton(sigma, num_iterations), sigma, grad)
-    derivative = inverse_sqrt_newton_derivative(sigma.detach(), grad, num_iterations)
-    assert_agree(derivative, 0.5 * (expected + expected.transpose(1, 2)), 1e-12)

@@ -8,43 +8,47 @@ the map is reduced, then multiplied once; what lies between are small matrices:
     m, S -> v, Sigma, s -> gate, P_T -> M, c      small matrices
     y = relu(M x + c + shortcut)                  a product, with the end of a residual block in it
 
-The backward pass works the same way, and keeps nothing of the size of x but x and, with a ReLU, y:
+The backward pass keeps nothing of the size of x but x and, with a ReLU, y:
 
     dy -> 0 where y = 0                           the gradient of the shortcut
     dM, dc = dy x^T, sum(dy)                      a reduction
     dM, dc -> dparameters, dv, dSigma -> K, k     small matrices
     dx = M^T dy + K x - k                         two products; one in evaluation, where K is diagonal
 
-The last line is K_1 (x - mu) + K_2 (x - m): through Sigma with K_1 = 2 dSigma / (N L), a matrix of each group; through
-v with K_2 = 2 diag(dv) / (L - 1), a diagonal of each sample and group.
-
 A norm in evaluation is an affine map x = a z + b, so CE after it is M (a z + b): the moments of x follow from those of
-z, and only z is kept.
+z, and only z is kept. docs/channel_equilibrium.md derives it all.
 """
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from .. import compat
 from . import kernels, precision
-from .coefficients import Coefficients, Inputs, Options
-from .norm_affine import EvalNorm
-from .output import CEOutput
-from .processes import processes_of
+from .records import Coefficients, Inputs, Options
+
+
+class CEOutput(NamedTuple):
+    """The output of Channel Equilibrium and the statistics it was computed with."""
+
+    out: Tensor  # (N, C, H, W)
+    mean: Optional[Tensor]  # (G, d, 1), mu of the batch; None in evaluation
+    whitening: Tensor  # (G, d, d), P_T of the batch, or the running one in evaluation
+    scale: Tensor  # (1,), s of the batch, or the running one in evaluation
 
 
 def channel_equilibrium(
     x: Tensor,
     theta: Tensor,
-    fc1_weight: Tensor,
-    ln_weight: Tensor,
-    ln_bias: Tensor,
-    fc2_weight: Tensor,
+    fc1_weight: Optional[Tensor],
+    ln_weight: Optional[Tensor],
+    ln_bias: Optional[Tensor],
+    fc2_weight: Optional[Tensor],
     *,
     group_size: int,
     num_iterations: int = 3,
@@ -52,7 +56,8 @@ def channel_equilibrium(
     running_whitening: Optional[Tensor] = None,
     running_scale: Optional[Tensor] = None,
     alpha: Optional[Tensor] = None,
-    norm: Optional[EvalNorm] = None,
+    logits: Optional[Tensor] = None,
+    norm: Optional[nn.BatchNorm2d] = None,
     residual: Optional[Tensor] = None,
     relu: bool = False,
     process_group: Optional[dist.ProcessGroup] = None,
@@ -76,50 +81,48 @@ def channel_equilibrium(
         running_whitening: (G, d, d), P_T of the evaluation form.
         running_scale: (1,), s of the evaluation form.
         alpha: (1,), the share of CE in the output, the rest being the input; None for CE alone.
-        norm: The norm in evaluation before CE, folded into M.
+        logits: (N, C), of the gate, which autograd leads back to x; None to compute them from the four weights.
+        norm: The norm before CE, in evaluation, folded into M.
         residual: The shortcut of a residual block, added to the output; of the shape of ``x``.
         relu: Whether ReLU comes last, as in a residual block.
-        process_group: The processes whose samples together are the batch of the training form, as in SyncBN; None for
-            this process alone. Every process must call the function, and run its backward pass, equally often.
+        process_group: The processes whose samples are the batch in training, as in SyncBN; None for this one alone.
+            Every process must call the function, and run its backward pass, equally often.
 
     Returns:
-        The output, in the dtype and memory format of ``x``, differentiable once; and the statistics it was computed
-        with, constants.
+        The output, like ``x`` and differentiable once, and the statistics it was computed with, constants.
     """
     training = running_whitening is None or running_scale is None
-    double = precision.needs_float64(num_iterations, training)
-    options = Options(
-        group_size,
-        num_iterations,
-        eps,
-        norm_eps=0.0 if norm is None else norm.eps,
-        running=None if training else (running_whitening, running_scale),
-        processes=processes_of(process_group if training else None),
-        map_dtype=precision.map_dtype(x, double),
-        dtype=precision.small_dtype(x, double),
-    )
-    inputs = *(norm or (None,) * 4)[:4], alpha, theta, fc1_weight, ln_weight, ln_bias, fc2_weight
-    with precision.no_autocast(x):
+    group, running = (process_group, None) if training else (None, (running_whitening, running_scale))
+    dtype = precision.dtype_of(x, num_iterations if training else 0)
+    form = kernels.choose(x, group_size, num_iterations, group is None) if logits is None else kernels.TORCH
+    if norm is not None and form is kernels.TORCH and precision.stays_16_bit(x):
+        # Folded, M z and c would be rounded to 16 bits, and they cancel where the channels of z have means
+        x, norm = norm(x), None
+    norm_eps = 0.0 if norm is None else norm.eps
+    options = Options(group_size, num_iterations, eps, norm_eps, running, group, map_dtype=dtype, dtype=dtype)
+    of_norm = (None,) * 4 if norm is None else (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    inputs = *of_norm, alpha, theta, fc1_weight, ln_weight, ln_bias, fc2_weight
+    inputs = inputs if logits is None else (*inputs, logits)
+    with compat.without_autocast(x.device.type):
         if precision.is_tracing():  # the same, in operations that a trace records
-            out, c, *_ = _forward(x, residual, relu, options, Inputs(*inputs))
+            out, c, _ = _forward(x, residual, relu, form, options, Inputs(*inputs))
             # Copied: adding to a view in place would put reshapes around all that follows in an exported graph
             memory_format = torch.contiguous_format if x.is_contiguous() else torch.channels_last
             out = out.clone(memory_format=memory_format)
             statistics = [None if t is None else t.detach() for t in (c.mean, c.whitening, c.scale)]
         else:
-            out, *statistics = _ChannelEquilibrium.apply(x, residual, relu, options, *inputs)
+            out, *statistics = _ChannelEquilibrium.apply(x, residual, relu, form, options, *inputs)
     return CEOutput(out, *statistics) if training else CEOutput(out, None, running_whitening, running_scale)
 
 
 def _forward(
-    x: Tensor, residual: Optional[Tensor], relu: bool, options: Options, inputs: Inputs
-) -> tuple[Tensor, Coefficients, kernels.Forms, bool]:
-    """Return the output, M with its statistics, the form that was taken, and whether the map is channels_last."""
-    form = kernels.choose(x, options.group_size, options.num_iterations, options.processes.size == 1)
+    x: Tensor, residual: Optional[Tensor], relu: bool, form: kernels.Forms, options: Options, inputs: Inputs
+) -> tuple[Tensor, Coefficients, bool]:
+    """Return the output, M with its statistics, and whether the map is channels_last."""
     z = form.maps.group(x, options.group_size, options.map_dtype, with_scratch=not precision.is_tracing())
     sample_means, scatter = form.maps.reduce(z, options.running is None)
     c = form.coefficients.coefficients(sample_means, scatter, x.shape[2] * x.shape[3], inputs, options)
-    return form.maps.apply(z, c.matrix, c.constant, residual, relu), c, form, z.channels_last
+    return form.maps.apply(z, c.matrix, c.constant, residual, relu), c, z.channels_last
 
 
 class _ChannelEquilibrium(torch.autograd.Function):
@@ -127,11 +130,17 @@ class _ChannelEquilibrium(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, residual: Optional[Tensor], relu: bool, options: Options, *inputs: Optional[Tensor]
-    ) -> tuple[Tensor, ...]:
+        ctx: FunctionCtx,
+        x: Tensor,
+        residual: Optional[Tensor],
+        relu: bool,
+        form: kernels.Forms,
+        options: Options,
+        *inputs: Optional[Tensor],
+    ) -> tuple[Optional[Tensor], ...]:
         # the layout too, since torch.compile allows no look at one in a backward pass
-        out, c, ctx.form, ctx.channels_last = _forward(x, residual, relu, options, Inputs(*inputs))
-        ctx.options, ctx.num_inputs = options, len(inputs)
+        out, c, ctx.channels_last = _forward(x, residual, relu, form, options, Inputs(*inputs))
+        ctx.form, ctx.options, ctx.num_inputs = form, options, len(inputs)
         ctx.save_for_backward(x, out if relu else None, c.matrix, *inputs, *c.saved)
         statistics = (c.mean, c.whitening, c.scale)
         ctx.mark_non_differentiable(*(t for t in statistics if t is not None))
@@ -141,19 +150,19 @@ class _ChannelEquilibrium(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor, *_: Optional[Tensor]) -> tuple[Optional[Tensor], ...]:
+    def backward(ctx: FunctionCtx, grad: Optional[Tensor], *_: Optional[Tensor]) -> tuple[Optional[Tensor], ...]:
         x, out, matrix, *tensors = ctx.saved_tensors
         inputs, saved = Inputs(*tensors[: ctx.num_inputs]), tuple(tensors[ctx.num_inputs :])
         maps, coefficients = ctx.form
         grad = torch.zeros_like(x) if grad is None else grad  # another process may wait for this one's sums
-        with precision.no_autocast(x):
+        with compat.without_autocast(x.device.type):
             z = maps.group(x, ctx.options.group_size, ctx.options.map_dtype, ctx.channels_last)
             has_norm = inputs.norm_running_mean is not None
             d_matrix, d_constant, d_residual, dy = maps.reduce_backward(grad, z, out, has_norm)
-            slope, offset, d_inputs = coefficients.coefficients_backward(
+            k_matrix, k_vector, d_inputs = coefficients.coefficients_backward(
                 saved, x.shape[2] * x.shape[3], d_matrix, d_constant, inputs, ctx.options
             )
-            d_x = maps.apply_backward(dy, z, matrix, slope, offset) if ctx.needs_input_grad[0] else None
+            d_x = maps.apply_backward(dy, z, matrix, k_matrix, k_vector) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             d_residual = None
-        return d_x, d_residual, None, None, None, None, *d_inputs
+        return d_x, d_residual, None, None, None, None, None, *d_inputs
