@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from . import kernels, precision
+from . import dispatch, precision
 from .coefficients import Coefficients, Inputs, Options
 from .norm_affine import EvalNorm
 from .output import CEOutput
@@ -113,9 +113,9 @@ def channel_equilibrium(
 
 def _forward(
     x: Tensor, residual: Optional[Tensor], relu: bool, options: Options, inputs: Inputs
-) -> tuple[Tensor, Coefficients, kernels.Forms, bool]:
+) -> tuple[Tensor, Coefficients, dispatch.Forms, bool]:
     """Return the output, M with its statistics, the form that was taken, and whether the map is channels_last."""
-    form = kernels.choose(x, options.group_size, options.num_iterations, options.processes.size == 1)
+    form = dispatch.choose(x, options.group_size, options.num_iterations, options.processes.size == 1)
     z = form.maps.group(x, options.group_size, options.map_dtype, with_scratch=not precision.is_tracing())
     sample_means, scatter = form.maps.reduce(z, options.running is None)
     c = form.coefficients.coefficients(sample_means, scatter, x.shape[2] * x.shape[3], inputs, options)

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from utils import randomize
 
 from mmdet_ce import ChannelEquilibrium
-from mmdet_ce.ops import kernels
+from mmdet_ce.ops import dispatch as kernels
 
 pytestmark = [
     pytest.mark.kernels,

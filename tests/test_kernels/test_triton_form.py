@@ -12,7 +12,7 @@ from torch import nn
 from utils import assert_agree, needs, randomize, reference
 
 from mmdet_ce import ChannelEquilibrium
-from mmdet_ce.ops import kernels
+from mmdet_ce.ops import dispatch as kernels
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 RUNS = importlib.util.find_spec('triton') and (DEVICE == 'cuda' or os.environ.get('TRITON_INTERPRET') == '1')

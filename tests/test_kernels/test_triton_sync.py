@@ -12,7 +12,7 @@ import torch.distributed as dist
 from utils import assert_agree, randomize, reference
 
 from mmdet_ce import ChannelEquilibrium
-from mmdet_ce.ops import coefficients, kernels
+from mmdet_ce.ops import coefficients, dispatch as kernels
 
 pytestmark = [
     pytest.mark.kernels,
