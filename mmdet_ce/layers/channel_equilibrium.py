@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import compat
 from ..ops import EvalNorm, channel_equilibrium
-from ..ops.gate import LAYER_NORM_EPS, GateParameters, gate
+from ..ops.gate import LAYER_NORM_EPS
 from ..ops.precision import in_backward_pass
 
 
@@ -56,13 +56,9 @@ class InstanceReweighting(nn.Module):
         self.register_buffer('running_scale', torch.ones(1))
 
     @property
-    def gate_parameters(self) -> GateParameters:
+    def gate_parameters(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The gate's W1, LayerNorm weight and bias, and W2."""
-        return GateParameters(self.fc1.weight, self.norm.weight, self.norm.bias, self.fc2.weight)
-
-    def gate(self, variance: Tensor) -> Tensor:
-        """Return the gate, (N, C), for the spatial variances of each sample's channels, (N, C)."""
-        return gate(variance, self.gate_parameters).gate
+        return self.fc1.weight, self.norm.weight, self.norm.bias, self.fc2.weight
 
 
 @MODELS.register_module()

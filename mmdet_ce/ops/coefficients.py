@@ -2,63 +2,23 @@
 
     m, S  --norm-->  moments of x  -->  v, Sigma, s  -->  gate, P_T  -->  M  --norm-->  M a and M b
 
-Each stage has its forward and its backward function in a module of its own; here they are put in order.
+Each stage has its forward and its backward function side by side; here they are put in order.
 ``triton_coefficients`` has the same two functions for GPUs.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from typing import Optional
 
 import torch
 from torch import Tensor
 
-from .batch import BatchStatistics, batch_statistics, covariance_backward, scale_backward
-from .gate import GateParameters, GateState, gate, gate_backward
+from .batch import batch_scale, batch_scale_backward, batch_statistics, summed
+from .gate import gate, gate_backward
 from .maps import SCATTER_UNIT
-from .mixture import MixtureState, mixture, mixture_backward
-from .newton import whitening, whitening_backward
-from .norm_affine import EvalNorm, Folded, Unfolded, restored
-from .processes import OneProcess
-
-
-class Inputs(NamedTuple):
-    """The tensors that M is computed from beside the map; None where there is none."""
-
-    norm_running_mean: Optional[Tensor]  # (C,), of the folded norm
-    norm_running_var: Optional[Tensor]  # (C,)
-    norm_weight: Optional[Tensor]  # (C,)
-    norm_bias: Optional[Tensor]  # (C,)
-    alpha: Optional[Tensor]  # (1,)
-    theta: Tensor  # (1,)
-    fc1_weight: Tensor  # (C / r, C)
-    ln_weight: Tensor  # (C / r,)
-    ln_bias: Tensor  # (C / r,)
-    fc2_weight: Tensor  # (C, C / r)
-
-
-class Options(NamedTuple):
-    """Arguments that no gradient is asked of."""
-
-    group_size: int
-    num_iterations: int
-    eps: float
-    norm_eps: float
-    running: Optional[tuple[Tensor, Tensor]]  # P_T and s in evaluation, None in training
-    processes: OneProcess  # over which the batch extends, in training
-    map_dtype: torch.dtype  # of the passes over the map
-    dtype: torch.dtype  # of the small matrices
-
-
-class Coefficients(NamedTuple):
-    """M, and the statistics of the batch that it was computed with; None in evaluation."""
-
-    matrix: Tensor  # (N, G, d, d), what z is multiplied with
-    constant: Optional[Tensor]  # c, (N, G, d), what is added
-    mean: Optional[Tensor]  # (G, d, 1), mu of x
-    whitening: Optional[Tensor]  # (G, d, d), P_T
-    scale: Optional[Tensor]  # (1,), s
-    saved: tuple[Optional[Tensor], ...]  # for the backward pass
+from .newton import eye, whitening, whitening_backward
+from .norm_affine import affine, affine_backward, fold, fold_backward, moments_backward
+from .records import Coefficients, Inputs, Options, Saved
 
 
 def coefficients(sample_means: Tensor, scatter: Tensor, length: int, inputs: Inputs, options: Options) -> Coefficients:
@@ -72,27 +32,46 @@ def coefficients(sample_means: Tensor, scatter: Tensor, length: int, inputs: Inp
         options: The arguments.
     """
     training = options.running is None
-    norm, alpha, parameters = _norm(inputs, options), _alpha(inputs, options), _gate_parameters(inputs, options)
+    inputs = _converted(inputs, options.dtype)
     sample_means, scatter = sample_means.to(options.dtype), scatter.to(options.dtype)
+    rstd, a, b = affine(inputs, options.norm_eps, options.group_size)
     squares = scatter.diagonal(dim1=2, dim2=3) if training else scatter
-    z_variance = squares * (SCATTER_UNIT / max(length - 1, 1))
-    variance = norm.variance(z_variance)  # v; of a 1x1 map 0
-    gates = gate(variance.flatten(1), parameters)
-    batch = newton = None
+    z_variance = squares * (SCATTER_UNIT / max(length - 1, 1))  # of a 1x1 map 0
+    variance = z_variance if a is None else z_variance * a.square()
+    unit, reduced, hidden, hidden_mean, hidden_rstd, rectified, gates = gate(variance.flatten(1), inputs)
+    mean = batch = lacks_variance = trace = normalized = None
     if training:
-        batch = batch_statistics(sample_means, scatter, length, variance, norm, options.processes, options.map_dtype)
-        newton = whitening(norm.covariance(batch.z_covariance), options.eps, options.num_iterations)
-        p, scale = newton.whitening, batch.scale
+        x_means = sample_means if a is None else torch.addcmul(b, a, sample_means)
+        batch = batch_statistics(
+            sample_means, scatter, length, x_means, variance, options.map_dtype, options.process_group
+        )
+        mean = batch.mean if a is None else torch.addcmul(b, a, batch.mean)
+        covariance = batch.covariance if a is None else a[:, :, None] * batch.covariance * a[:, None, :]
+        lacks_variance, scale = batch_scale(batch, options.map_dtype)
+        trace, normalized, p = whitening(covariance, options.eps, options.num_iterations)
     else:
         # P is copied: a training pass may update the buffer in place before the backward pass of this one
         p, scale = options.running[0].to(options.dtype, copy=True), options.running[1].to(options.dtype)
-    mixed = mixture(p, gates.gate, scale, inputs.theta.to(options.dtype), alpha)
-    matrix, constant = norm.fold(mixed.matrix)
-    saved = sample_means, z_variance, *norm.saved, *gates, *mixed
+    lambda_, reweighting, ce_matrix, matrix = mixture(p, gates, scale, inputs)
+    folded, constant = (matrix, None) if a is None else fold(matrix, a, b)
+    saved = Saved(
+        sample_means, z_variance, rstd, a, b,
+        unit, reduced, hidden, hidden_mean, hidden_rstd, rectified, gates,
+        lambda_, p, reweighting, ce_matrix, matrix,
+    )  # fmt: skip
     if not training:
-        return Coefficients(matrix, constant, None, None, None, saved)
-    saved = *saved, newton.trace, newton.normalized, *_tensors(batch)
-    return Coefficients(matrix, constant, norm.mean(batch.z_mean)[..., None], p, scale, saved)
+        return Coefficients(folded, constant, None, None, None, saved)
+    saved = saved._replace(
+        samples=None if options.process_group is None else batch.samples,
+        positions=None if options.process_group is None else batch.positions,
+        z_mean=batch.mean,
+        z_covariance=batch.covariance,
+        lacks_variance=lacks_variance,
+        scale=scale,
+        trace=trace,
+        normalized=normalized,
+    )
+    return Coefficients(folded, constant, mean[..., None], p, scale, saved)
 
 
 def coefficients_backward(
@@ -117,83 +96,86 @@ def coefficients_backward(
         K, (N, G, d, d), or where it is diagonal its diagonal, (N, G, d), and k, (N, G, d), in dx = M^T dy + K x - k;
         and the gradients of ``inputs``, from the norm's weight on.
     """
-    sample_means, z_variance, *saved = saved
-    norm, saved = restored(saved, has_weight=inputs.norm_weight is not None)
-    gates, saved = _first(saved, GateState)
-    mixed, saved = _first(saved, MixtureState)
-    training = options.running is None
-    d_matrix = d_matrix.to(options.dtype)
-    d_constant = None if d_constant is None else d_constant.to(options.dtype)
-    d_matrix = norm.fold_backward(mixed.matrix, d_matrix, d_constant)
-    d_mixture = mixture_backward(mixed, _alpha(inputs, options), d_matrix, training)
-    d_variance, d_parameters = gate_backward(gates, _gate_parameters(inputs, options), d_mixture.log_gate)
-    through_covariance = None
-    if training:
-        trace, normalized, *saved = saved
-        batch = _batch(saved, len(sample_means), length)
+    saved, inputs, group = Saved(*saved), _converted(inputs, options.dtype), options.process_group
+    d_matrix, d_covariance, d_norm = d_matrix.to(options.dtype), None, (None, None)
+    if saved.a is not None:
+        d_matrix, d_a, d_b = fold_backward(saved, d_matrix, d_constant.to(options.dtype))
+    d_alpha, d_theta, d_log_gate, d_log_inverse_scale, d_whitening = mixture_backward(saved, inputs, d_matrix)
+    d_variance, d_gate_inputs = gate_backward(saved, inputs, d_log_gate)
+    if options.running is None:
         # P and s come from all processes and serve all
-        d_whitening, d_log_inverse_scale = options.processes.sums(d_mixture.whitening, d_mixture.log_inverse_scale)
-        d_variance = scale_backward(batch, d_variance, d_log_inverse_scale)
-        d_covariance = whitening_backward(trace, normalized, options.num_iterations, d_whitening)
-        # All processes compute the same here, and their gradients will be added
-        d_covariance = norm.covariance_backward(batch.z_covariance, d_covariance, 1 / options.processes.size)
-        through_covariance = covariance_backward(batch, d_covariance)
-    d_variance = norm.variance_backward(z_variance, d_variance.view_as(sample_means))
-    slope, offset = _dx(sample_means, length, d_variance, through_covariance)
-    return slope, offset, (*norm.gradients(), d_mixture.alpha, d_mixture.theta, *d_parameters)
+        d_whitening, d_log_inverse_scale = summed(group, d_whitening, d_log_inverse_scale)
+        d_variance = batch_scale_backward(saved, d_variance, d_log_inverse_scale)
+        d_covariance = whitening_backward(saved, options.num_iterations, d_whitening)
+    d_variance = d_variance.view_as(saved.sample_means)
+    if saved.a is not None:
+        # All processes compute the same of the covariance, and their gradients will be added
+        share = 1 if group is None else 1 / group.size()
+        d_a, d_variance, d_covariance = moments_backward(saved, d_a, d_variance, d_covariance, share)
+        d_norm = affine_backward(saved, inputs, d_a, d_b)
+    k_matrix, k_vector = through_statistics(saved, length, d_variance, d_covariance)
+    return k_matrix, k_vector, (*d_norm, d_alpha, d_theta, *d_gate_inputs)
 
 
-def _dx(
-    sample_means: Tensor, length: int, d_variance: Tensor, through_covariance: Optional[tuple[Tensor, Tensor]]
+def mixture(whitening: Tensor, gates: Tensor, scale: Tensor, inputs: Inputs) -> tuple[Tensor, ...]:
+    """Return lambda, gate / s, M of CE alone and M, which differ where CE has grown in by the share alpha.
+
+    M = lambda P + (1 - lambda) diag(gate / s): both branches of CE as one matrix for each sample and group.
+    """
+    lambda_, identity = torch.sigmoid(inputs.theta), eye(whitening)
+    reweighting = (gates / scale).view(-1, *whitening.shape[:2])
+    ce_matrix = torch.lerp(reweighting[..., None] * identity, whitening, lambda_)
+    matrix = ce_matrix if inputs.alpha is None else torch.lerp(identity, ce_matrix, inputs.alpha)
+    return lambda_, reweighting, ce_matrix, matrix
+
+
+def mixture_backward(saved: Saved, inputs: Inputs, d_matrix: Tensor) -> tuple[Optional[Tensor], ...]:
+    """Return the gradients of alpha, theta, log(gate), (N, C), and in training of log(1 / s) and P, (G, d, d)."""
+    d_alpha = None
+    if inputs.alpha is not None:
+        d_alpha = (d_matrix * (saved.ce_matrix - eye(d_matrix))).sum().view(1)
+        d_matrix = inputs.alpha * d_matrix
+    summed_matrix = d_matrix.sum(0)
+    by_gate = d_matrix.diagonal(dim1=2, dim2=3) * saved.reweighting
+    towards_whitening = torch.dot(summed_matrix.flatten(), saved.whitening.flatten())
+    towards_reweighting = by_gate.sum().view(1)
+    d_theta = torch.ops.aten.sigmoid_backward(towards_whitening - towards_reweighting, saved.lambda_)
+    d_log_gate = _times_rest(by_gate.flatten(1), saved.lambda_)
+    if saved.normalized is None:
+        return d_alpha, d_theta, d_log_gate, None, None
+    return d_alpha, d_theta, d_log_gate, _times_rest(towards_reweighting, saved.lambda_), saved.lambda_ * summed_matrix
+
+
+def _times_rest(tensor: Tensor, lambda_: Tensor) -> Tensor:
+    """Return (1 - lambda) times a tensor."""
+    return torch.addcmul(tensor, tensor, lambda_, value=-1)
+
+
+def through_statistics(
+    saved: Saved, length: int, d_variance: Tensor, d_covariance: Optional[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Return K and k in dx = M^T dy + K x - k: what comes through the statistics.
 
-    Through a sample's own variance it is 2 dv / (L - 1) (x - m), through the covariance K (x - mu).
+    Through a sample's own variance it is 2 dv / (L - 1) (x - m), through the covariance 2 dSigma / (N L) (x - mu).
 
     Args:
-        sample_means: m, (N, G, d).
+        saved: Of the forward pass.
         length: Positions L of a sample.
-        d_variance: dv of each sample's own variance, of z, (N, G, d).
-        through_covariance: In training K, (G, d, d), and K mu, (G, d).
+        d_variance: dv, (N, G, d), of z.
+        d_covariance: dSigma, (G, d, d), symmetric, of z; None in evaluation.
     """
-    factor = 2 / max(length - 1, 1)
-    if through_covariance is None:
-        slope = torch.zeros_like(d_variance) if length == 1 else d_variance * factor
-        return slope, slope * sample_means
-    by_covariance, at_mean = through_covariance
-    slope = by_covariance.expand(len(sample_means), -1, -1, -1).contiguous()
+    means, factor = saved.sample_means, 2 / max(length - 1, 1)
+    if d_covariance is None:
+        k_matrix = torch.zeros_like(d_variance) if length == 1 else d_variance * factor
+        return k_matrix, k_matrix * means
+    by_covariance = d_covariance * (2 / (len(means) * length if saved.positions is None else saved.positions))
+    at_mean = (by_covariance @ saved.z_mean[..., None])[..., 0]
+    k_matrix = by_covariance.expand(len(means), -1, -1, -1).contiguous()
     if length == 1:  # x = m; K may be as large as 1 / eps, and 16-bit maps would not cancel K x and k
-        return torch.zeros_like(slope), at_mean - (slope @ sample_means[..., None])[..., 0]
-    slope.diagonal(dim1=2, dim2=3).add_(d_variance, alpha=factor)
-    return slope, torch.addcmul(at_mean, d_variance, sample_means, value=factor)
+        return torch.zeros_like(k_matrix), at_mean - (k_matrix @ means[..., None])[..., 0]
+    k_matrix.diagonal(dim1=2, dim2=3).add_(d_variance, alpha=factor)
+    return k_matrix, torch.addcmul(at_mean, d_variance, means, value=factor)
 
 
-def _norm(inputs: Inputs, options: Options) -> Unfolded:
-    """Return the norm in the dtype to compute in."""
-    if inputs.norm_running_mean is None:
-        return Unfolded()
-    return Folded.of(EvalNorm(*inputs[:4], options.norm_eps), options.group_size, options.dtype)
-
-
-def _alpha(inputs: Inputs, options: Options) -> Optional[Tensor]:
-    return None if inputs.alpha is None else inputs.alpha.to(options.dtype)
-
-
-def _gate_parameters(inputs: Inputs, options: Options) -> GateParameters:
-    return GateParameters(*(parameter.to(options.dtype) for parameter in inputs[6:]))
-
-
-def _first(saved: list[Optional[Tensor]], kind: type) -> tuple[NamedTuple, list[Optional[Tensor]]]:
-    """Return the first of the saved tensors as the NamedTuple that they were, and the others."""
-    count = len(kind._fields)
-    return kind(*saved[:count]), saved[count:]
-
-
-def _tensors(batch: BatchStatistics) -> tuple[Optional[Tensor], ...]:
-    """Return what autograd can keep of the statistics; the counts of one process are numbers and None here."""
-    return tuple(t if isinstance(t, Tensor) else None for t in batch)
-
-
-def _batch(tensors: list[Optional[Tensor]], n: int, length: int) -> BatchStatistics:
-    batch = BatchStatistics(*tensors)
-    return batch if batch.samples is not None else batch._replace(samples=n, positions=n * length)
+def _converted(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    return Inputs(*(None if tensor is None else tensor.to(dtype) for tensor in inputs))

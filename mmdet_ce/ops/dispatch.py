@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .. import compat
 from . import coefficients, maps, precision
-from .coefficients import Inputs, Options
+from .records import Inputs, Options
 
 VARIABLE = 'MMDET_CE_KERNELS'
 CHOICES = ('auto', 'torch', 'triton')
@@ -50,10 +50,12 @@ def choose(x: Tensor, shortcut: Optional[Tensor], relu: bool, inputs: Inputs, op
         ValueError: If the environment variable has another value than the three.
         RuntimeError: If it is ``triton``, and Triton cannot be taken on the device or for the layer.
     """
+    if precision.is_tracing() or compat.is_compiling():  # torch.compile fuses the torch form
+        return TORCH
     choice = os.environ.get(VARIABLE, 'auto')
     if choice not in CHOICES:
         raise ValueError(f'{VARIABLE} must be one of {", ".join(CHOICES)}, got {choice!r}')
-    if choice == 'torch' or (choice == 'auto' and x.device.type != DEVICE_TYPE) or not _has_triton_form(x, options):
+    if choice == 'torch' or (choice == 'auto' and x.device.type != DEVICE_TYPE) or not _is_covered(x, options):
         return TORCH
     reason = device_obstacle(x.device)
     if reason is None:
@@ -68,16 +70,14 @@ def choose(x: Tensor, shortcut: Optional[Tensor], relu: bool, inputs: Inputs, op
     return TORCH if reason else _triton_form(options)
 
 
-def _has_triton_form(x: Tensor, options: Options) -> bool:
-    """Return whether the kernels cover such a layer, in a pass that runs them: torch.compile fuses the torch form."""
+def _is_covered(x: Tensor, options: Options) -> bool:
+    """Return whether the kernels are made for such a layer."""
     return (
         options.group_size in GROUP_SIZES
         and x.dtype in DTYPES
         and type(x) in (Tensor, nn.Parameter)  # a fake tensor has no memory
         and options.num_iterations <= precision.MAX_FLOAT32_ITERATIONS
         and x.numel() < 2**31 * x.shape[0]
-        and not precision.is_tracing()
-        and not compat.is_compiling()
     )
 
 
@@ -101,7 +101,7 @@ def device_obstacle(device: torch.device) -> Optional[str]:
 def _signature(x: Tensor, shortcut: Optional[Tensor], relu: bool, inputs: Inputs, options: Options) -> tuple:
     """Return all that decides which kernels a layer runs, but the size of its map."""
     has = tuple(t is not None for t in (inputs.norm_running_mean, inputs.norm_weight, inputs.alpha, shortcut))
-    one_process, training = options.processes.size == 1, options.running is None
+    one_process, training = options.process_group is None, options.running is None
     sizes = x.shape[1], options.group_size, len(inputs.ln_weight), options.num_iterations
     return x.device, x.dtype, inputs.theta.dtype, *sizes, *has, relu, training, one_process
 
@@ -119,7 +119,7 @@ def _triton_form(options: Options) -> Forms:
     """Return the Triton form. Where several processes share statistics, the small matrices are torch's."""
     from . import triton_coefficients, triton_maps
 
-    return Forms(triton_maps, triton_coefficients if options.processes.size == 1 else coefficients)
+    return Forms(triton_maps, coefficients if options.process_group else triton_coefficients)
 
 
 def _report(device: torch.device, choice: str, reason: Optional[str]) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .records import Inputs, Saved
 
 LAYER_NORM_EPS = 1e-5
 # LayerNorm divides by the size of its input, but squares it first: variances above this one are divided by their
@@ -14,51 +14,37 @@ LAYER_NORM_EPS = 1e-5
 LARGE_VARIANCE = 2.0**40
 
 
-class GateParameters(NamedTuple):
-    """The gate's parameters."""
-
-    fc1_weight: Tensor  # (C / r, C), W1
-    ln_weight: Tensor  # (C / r,)
-    ln_bias: Tensor  # (C / r,)
-    fc2_weight: Tensor  # (C, C / r), W2
-
-
-class GateState(NamedTuple):
-    """What the backward pass needs of the forward pass."""
-
-    unit: Tensor  # (N, 1), what the variances were divided by
-    reduced: Tensor  # (N, C), v / unit
-    hidden: Tensor  # (N, C / r), W1 v / unit
-    hidden_mean: Tensor  # (N, 1), LayerNorm's mean of it
-    hidden_rstd: Tensor  # (N, 1), LayerNorm's reciprocal deviation of it
-    rectified: Tensor  # (N, C / r), relu(LayerNorm(W1 v))
-    gate: Tensor  # (N, C)
-
-
-def gate(variance: Tensor, parameters: GateParameters) -> GateState:
-    """Return the gate for the spatial variances v, (N, C), with what lies on the way."""
-    w1, ln_weight, ln_bias, w2 = parameters
+def gate(variance: Tensor, inputs: Inputs) -> tuple[Tensor, ...]:
+    """Return what ``Saved`` has of the gate, the gate itself last, for the spatial variances v, (N, C)."""
     unit = (variance.amax(1, keepdim=True) / LARGE_VARIANCE).clamp(min=1.0)
     reduced = variance / unit
-    hidden = F.linear(reduced, w1)
-    normed, mean, rstd = torch.native_layer_norm(hidden, ln_bias.shape, ln_weight, ln_bias, LAYER_NORM_EPS)
+    hidden = F.linear(reduced, inputs.fc1_weight)
+    normed, mean, rstd = torch.native_layer_norm(
+        hidden, inputs.ln_bias.shape, inputs.ln_weight, inputs.ln_bias, LAYER_NORM_EPS
+    )
     rectified = F.relu(normed)
-    return GateState(unit, reduced, hidden, mean, rstd, rectified, torch.sigmoid(F.linear(rectified, w2)))
+    return unit, reduced, hidden, mean, rstd, rectified, torch.sigmoid(F.linear(rectified, inputs.fc2_weight))
 
 
-def gate_backward(state: GateState, parameters: GateParameters, d_log_gate: Tensor) -> tuple[Tensor, GateParameters]:
-    """Return the gradients of v, (N, C), and of the parameters.
+def gate_backward(saved: Saved, inputs: Inputs, d_log_gate: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return the gradients of v, (N, C), and of W1, LayerNorm's weight and bias, and W2.
 
     Args:
-        state: Of the forward pass.
-        parameters: Those of the forward pass.
+        saved: Of the forward pass.
+        inputs: Those of the forward pass.
         d_log_gate: (N, C), the gradient with respect to log(gate): the gate times its own gradient.
     """
-    w1, ln_weight, ln_bias, w2 = parameters
-    d_logits = torch.addcmul(d_log_gate, d_log_gate, state.gate, value=-1)  # sigmoid' = gate (1 - gate)
-    d_normed = torch.ops.aten.threshold_backward(d_logits @ w2, state.rectified, 0)
+    d_logits = torch.addcmul(d_log_gate, d_log_gate, saved.gate, value=-1)  # sigmoid' = gate (1 - gate)
+    d_normed = torch.ops.aten.threshold_backward(d_logits @ inputs.fc2_weight, saved.rectified, 0)
     d_hidden, d_ln_weight, d_ln_bias = torch.ops.aten.native_layer_norm_backward(
-        d_normed, state.hidden, ln_bias.shape, state.hidden_mean, state.hidden_rstd, ln_weight, ln_bias, [True] * 3
+        d_normed,
+        saved.hidden,
+        inputs.ln_bias.shape,
+        saved.hidden_mean,
+        saved.hidden_rstd,
+        inputs.ln_weight,
+        inputs.ln_bias,
+        [True] * 3,
     )
-    gradients = GateParameters(d_hidden.T @ state.reduced, d_ln_weight, d_ln_bias, d_logits.T @ state.rectified)
-    return (d_hidden / state.unit) @ w1, gradients
+    d_variance = (d_hidden / saved.unit) @ inputs.fc1_weight
+    return d_variance, (d_hidden.T @ saved.reduced, d_ln_weight, d_ln_bias, d_logits.T @ saved.rectified)

@@ -151,34 +151,34 @@ def reduce_backward(
     return d_matrix, d_constant, dy_map, dy
 
 
-def apply_backward(dy: GroupedMap, x: GroupedMap, matrix: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
+def apply_backward(dy: GroupedMap, x: GroupedMap, matrix: Tensor, k_matrix: Tensor, k_vector: Tensor) -> Tensor:
     """Return dx = M^T dy + K x - k, of the shape, dtype and memory format of the map.
 
     Args:
         dy: The gradient before the ReLU.
         x: The map that M was applied to.
         matrix: M, (N, G, d, d).
-        slope: K, (N, G, d, d), symmetric, or where it is diagonal its diagonal, (N, G, d).
-        offset: k, (N, G, d).
+        k_matrix: K, (N, G, d, d), symmetric, or where it is diagonal its diagonal, (N, G, d).
+        k_vector: k, (N, G, d).
     """
     buffer = _product_buffer(x)
-    parts = zip(_parts(matrix.mT, x), dy.batches, _parts(offset, x), _parts(slope, x), x.batches)
+    parts = zip(_parts(matrix.mT, x), dy.batches, _parts(k_vector, x), _parts(k_matrix, x), x.batches)
     products = (
-        _add_product(slopes, values, _multiply(m, dy_values, k, x, buffer, sign=-1), x)
-        for m, dy_values, k, slopes, values in parts
+        _add_product(ks, values, _multiply(m, dy_values, k, x, buffer, sign=-1), x)
+        for m, dy_values, k, ks, values in parts
     )
     return _as_map(products, x)
 
 
-def _add_product(slope: Tensor, values: Tensor, dx: Tensor, x: GroupedMap) -> Tensor:
+def _add_product(k_matrix: Tensor, values: Tensor, dx: Tensor, x: GroupedMap) -> Tensor:
     """Add K x, of one batch of a map, to ``dx``, (B, d, L), and return it."""
-    slope = slope.to(dx.dtype)
-    if slope.dim() == 2:
-        return dx.addcmul_(slope[..., None], values)
+    k_matrix = k_matrix.to(dx.dtype)
+    if k_matrix.dim() == 2:
+        return dx.addcmul_(k_matrix[..., None], values)
     if x.channels_last:
-        dx.mT.baddbmm_(values.mT, slope)
+        dx.mT.baddbmm_(values.mT, k_matrix)
         return dx
-    return dx.baddbmm_(slope, values)
+    return dx.baddbmm_(k_matrix, values)
 
 
 def _multiply(

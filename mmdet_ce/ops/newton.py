@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-
-class WhiteningState(NamedTuple):
-    """P_T, and what the backward pass needs of the forward pass."""
-
-    trace: Tensor  # (G, 1, 1), of Sigma
-    normalized: Tensor  # (G, d, d), Sigma_N
-    whitening: Tensor  # (G, d, d), P_T
+from .records import Saved
 
 
-def whitening(covariance: Tensor, eps: float, num_iterations: int) -> WhiteningState:
-    """Return P_T of Sigma = covariance + eps I, (G, d, d)."""
-    identity = eye(covariance)
-    sigma = torch.add(covariance, identity, alpha=eps)
+def whitening(covariance: Tensor, eps: float, num_iterations: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return trace(Sigma), (G, 1, 1), Sigma_N and P_T, (G, d, d), of Sigma = covariance + eps I."""
+    sigma = covariance.clone()
+    sigma.diagonal(dim1=1, dim2=2).add_(eps)
     trace = sigma.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
     normalized = sigma / trace
-    return WhiteningState(trace, normalized, _iterate(normalized, identity, num_iterations))
+    return trace, normalized, inverse_sqrt_newton(normalized, num_iterations)
 
 
-def whitening_backward(trace: Tensor, normalized: Tensor, num_iterations: int, d_whitening: Tensor) -> Tensor:
+def whitening_backward(saved: Saved, num_iterations: int, d_whitening: Tensor) -> Tensor:
     """Return the gradient of the covariance, (G, d, d), symmetric, from that of P_T.
 
     Through Sigma_N = Sigma / trace(Sigma): dSigma = (dSigma_N - <dSigma_N, Sigma_N> I) / trace(Sigma).
     """
-    d_normalized = inverse_sqrt_newton_derivative(normalized, d_whitening, num_iterations)
-    along = (d_normalized * normalized).sum((1, 2))
+    d_normalized = inverse_sqrt_newton_derivative(saved.normalized, d_whitening, num_iterations)
+    along = (d_normalized * saved.normalized).sum((1, 2))
     d_normalized.diagonal(dim1=1, dim2=2).sub_(along[:, None])
-    return d_normalized / trace
+    return d_normalized / saved.trace
 
 
 def inverse_sqrt_newton(normalized: Tensor, num_iterations: int) -> Tensor:
@@ -51,11 +43,7 @@ def inverse_sqrt_newton(normalized: Tensor, num_iterations: int) -> Tensor:
     Returns:
         P_T, (G, d, d).
     """
-    return _iterate(normalized, eye(normalized), num_iterations)
-
-
-def _iterate(normalized: Tensor, identity: Tensor, num_iterations: int) -> Tensor:
-    y = normalized  # P_0 Sigma_N
+    identity, y = eye(normalized), normalized  # P_0 and Y_0 = P_0 Sigma_N
     step = p = torch.lerp(identity, y, -0.5)  # 1.5 I - 0.5 Sigma_N, the first step from P_0 = I
     for _ in range(num_iterations - 1):
         y = y @ step
@@ -68,7 +56,7 @@ def inverse_sqrt_newton_derivative(normalized: Tensor, direction: Tensor, num_it
     """Return the derivative of ``inverse_sqrt_newton`` in a direction, which is its gradient too.
 
     P_T is a polynomial f of the symmetric Sigma_N, so the adjoint of its derivative is that derivative itself, and it
-    stands in a corner of f of a matrix of twice the size (Higham, Functions of Matrices, 2008, theorem 3.6):
+    is a corner of f of a matrix of twice the size (Higham, Functions of Matrices, 2008, theorem 3.6):
 
         f([[Sigma_N, E], [0, Sigma_N]]) = [[f(Sigma_N), f'(Sigma_N)[E]], [0, f(Sigma_N)]]
 

@@ -1,7 +1,4 @@
-"""A norm in evaluation, folded into CE: x = a z + b, so the moments follow from those of z; M x = (M a) z + M b.
-
-``Unfolded`` has the same methods for CE without a norm before it: nothing else asks which of the two it is.
-"""
+"""A norm in evaluation, folded into CE: x = a z + b, so the moments follow from those of z; M x = (M a) z + M b."""
 
 from __future__ import annotations
 
@@ -10,6 +7,8 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from .records import Inputs, Saved
 
 
 class EvalNorm(NamedTuple):
@@ -27,119 +26,52 @@ class EvalNorm(NamedTuple):
         return cls(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
 
 
-class Unfolded:
-    """No norm: z is x."""
-
-    @property
-    def saved(self) -> tuple[Optional[Tensor], ...]:
-        """The tensors that ``restored`` needs."""
-        return (None,) * 4
-
-    def mean(self, z_mean: Tensor) -> Tensor:
-        """Return the means of x, (..., G, d), from those of z."""
-        return z_mean
-
-    def variance(self, z_variance: Tensor) -> Tensor:
-        """Return the variances of x, (N, G, d), from those of z."""
-        return z_variance
-
-    def covariance(self, z_covariance: Tensor) -> Tensor:
-        """Return the covariance of x, (G, d, d), from that of z."""
-        return z_covariance
-
-    def fold(self, matrix: Tensor) -> tuple[Tensor, Optional[Tensor]]:
-        """Return what z is multiplied with, (N, G, d, d), and what is added, (N, G, d) or None, for M x."""
-        return matrix, None
-
-    def fold_backward(self, matrix: Tensor, d_folded: Tensor, d_constant: Optional[Tensor]) -> Tensor:
-        """Return dM from the gradients of the two."""
-        return d_folded
-
-    def variance_backward(self, z_variance: Tensor, d_variance: Tensor) -> Tensor:
-        """Return the gradient of the variances of z, (N, G, d), from that of x's."""
-        return d_variance
-
-    def covariance_backward(self, z_covariance: Tensor, d_covariance: Tensor, share: float) -> Tensor:
-        """Return the gradient of the covariance of z, (G, d, d), from that of x's.
-
-        Args:
-            z_covariance: (G, d, d), of z.
-            d_covariance: (G, d, d), of x.
-            share: This process's part of a gradient that all processes compute alike.
-        """
-        return d_covariance
-
-    def gradients(self) -> tuple[Optional[Tensor], Optional[Tensor]]:
-        """Return the gradients of the norm's weight and bias that the methods above have gathered."""
-        return None, None
+def affine(inputs: Inputs, eps: float, group_size: int) -> tuple[Optional[Tensor], ...]:
+    """Return the norm's reciprocal deviation, a and b, (G, d); without a norm None for each."""
+    if inputs.norm_running_mean is None:
+        return None, None, None
+    mean, variance, weight, bias = (None if t is None else t.view(-1, group_size) for t in inputs[:4])
+    rstd = torch.rsqrt(variance + eps)
+    a = rstd if weight is None else weight * rstd
+    return rstd, a, -mean * a if bias is None else torch.addcmul(bias, mean, a, value=-1)
 
 
-class Folded(Unfolded):
-    """A norm x = a z + b.
+def fold(matrix: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what z is multiplied with, (N, G, d, d), and what is added, (N, G, d), for M x."""
+    return matrix * a[:, None, :], (matrix @ b[:, :, None])[..., 0]
+
+
+def fold_backward(saved: Saved, d_folded: Tensor, d_constant: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of M, a and b from those of the two."""
+    d_constant = d_constant[..., None]
+    d_matrix = torch.addcmul(d_folded * saved.a[:, None, :], d_constant, saved.b[:, None, :])
+    return d_matrix, (saved.matrix * d_folded).sum((0, 2)), (saved.matrix * d_constant).sum((0, 2))
+
+
+def moments_backward(
+    saved: Saved, d_a: Tensor, d_variance: Tensor, d_covariance: Optional[Tensor], share: float
+) -> tuple[Tensor, Tensor, Optional[Tensor]]:
+    """Return the gradient of a, to which the moments of x add, and the gradients of the moments of z.
 
     Args:
-        running_mean: (G, d).
-        rstd: (G, d), its reciprocal deviation.
-        a: (G, d).
-        b: (G, d).
-        has_weight: Whether it has a weight and a bias, which gradients are asked of.
+        saved: Of the forward pass.
+        d_a: Through M alone, (G, d).
+        d_variance: Of x, (N, G, d).
+        d_covariance: Of x, (G, d, d); None in evaluation.
+        share: This process's part of the gradient of the covariance, which all processes compute alike.
     """
-
-    def __init__(self, running_mean: Tensor, rstd: Tensor, a: Tensor, b: Tensor, has_weight: bool) -> None:
-        self.running_mean, self.rstd, self.a, self.b = running_mean, rstd, a, b
-        self.has_weight = has_weight
-        self.d_a = self.d_b = None
-
-    @classmethod
-    def of(cls, norm: EvalNorm, group_size: int, dtype: torch.dtype) -> Folded:
-        """Fold a norm into groups of ``group_size`` channels, computed in ``dtype``."""
-        mean, variance, weight, bias = (None if t is None else t.to(dtype).view(-1, group_size) for t in norm[:4])
-        rstd = torch.rsqrt(variance + norm.eps)
-        if weight is None:
-            return cls(mean, rstd, rstd, -mean * rstd, False)
-        a = weight * rstd
-        return cls(mean, rstd, a, torch.addcmul(bias, mean, a, value=-1), True)
-
-    @property
-    def saved(self) -> tuple[Optional[Tensor], ...]:  # noqa: D102, for the methods of this class see Unfolded
-        return self.running_mean, self.rstd, self.a, self.b
-
-    def mean(self, z_mean: Tensor) -> Tensor:  # noqa: D102
-        return torch.addcmul(self.b, self.a, z_mean)
-
-    def variance(self, z_variance: Tensor) -> Tensor:  # noqa: D102
-        return z_variance * self.a.square()
-
-    def covariance(self, z_covariance: Tensor) -> Tensor:  # noqa: D102
-        return self.a[:, :, None] * z_covariance * self.a[:, None, :]
-
-    def fold(self, matrix: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
-        return matrix * self.a[:, None, :], (matrix @ self.b[:, :, None])[..., 0]
-
-    def fold_backward(self, matrix: Tensor, d_folded: Tensor, d_constant: Tensor) -> Tensor:  # noqa: D102
-        d_constant = d_constant[..., None]
-        self.d_a = (matrix * d_folded).sum((0, 2))
-        self.d_b = (matrix * d_constant).sum((0, 2))
-        return torch.addcmul(d_folded * self.a[:, None, :], d_constant, self.b[:, None, :])
-
-    def variance_backward(self, z_variance: Tensor, d_variance: Tensor) -> Tensor:  # noqa: D102
-        d_variance = self.a * d_variance
-        self.d_a.add_((z_variance * d_variance).sum(0), alpha=2)
-        return self.a * d_variance
-
-    def covariance_backward(self, z_covariance: Tensor, d_covariance: Tensor, share: float) -> Tensor:  # noqa: D102
-        d_covariance = d_covariance * self.a[:, None, :]
-        self.d_a.add_((d_covariance * z_covariance).sum(2), alpha=2 * share)
-        return self.a[:, :, None] * d_covariance
-
-    def gradients(self) -> tuple[Optional[Tensor], Optional[Tensor]]:  # noqa: D102
-        if not self.has_weight:
-            return None, None
-        d_weight = torch.addcmul(self.d_a, self.running_mean, self.d_b, value=-1) * self.rstd
-        return d_weight.flatten(), self.d_b.flatten()
+    d_variance = saved.a * d_variance
+    d_a = torch.add(d_a, (saved.z_variance * d_variance).sum(0), alpha=2)
+    if d_covariance is not None:
+        d_covariance = d_covariance * saved.a[:, None, :]
+        d_a = torch.add(d_a, (d_covariance * saved.z_covariance).sum(2), alpha=2 * share)
+        d_covariance = saved.a[:, :, None] * d_covariance
+    return d_a, saved.a * d_variance, d_covariance
 
 
-def restored(saved: list[Optional[Tensor]], has_weight: bool) -> tuple[Unfolded, list[Optional[Tensor]]]:
-    """Return the norm of the forward pass from the first of the saved tensors, and the others."""
-    of_norm, rest = saved[:4], saved[4:]
-    return Unfolded() if of_norm[0] is None else Folded(*of_norm, has_weight), rest
+def affine_backward(saved: Saved, inputs: Inputs, d_a: Tensor, d_b: Tensor) -> tuple[Optional[Tensor], ...]:
+    """Return the gradients of the norm's weight and bias, (C,), or None where it has none."""
+    if inputs.norm_weight is None:
+        return None, None
+    d_weight = torch.addcmul(d_a, inputs.norm_running_mean.view_as(d_a), d_b, value=-1) * saved.rstd
+    return d_weight.flatten(), d_b.flatten()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import triton_coefficient_backward_kernels as backward_kernels
 from . import triton_coefficient_kernels as kernels
-from .coefficients import Coefficients, Inputs, Options
+from .records import Coefficients, Inputs, Options
 
 UNITS = 8  # hidden units of a program
 BLOCK = 512  # channels that such a program holds at once

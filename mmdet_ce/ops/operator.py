@@ -24,7 +24,7 @@ z, and only z is kept.
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch
 import torch.distributed as dist
@@ -32,10 +32,17 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from . import dispatch, precision
-from .coefficients import Coefficients, Inputs, Options
 from .norm_affine import EvalNorm
-from .output import CEOutput
-from .processes import processes_of
+from .records import Coefficients, Inputs, Options
+
+
+class CEOutput(NamedTuple):
+    """The output of Channel Equilibrium and the statistics it was computed with."""
+
+    out: Tensor  # (N, C, H, W)
+    mean: Optional[Tensor]  # (G, d, 1), mu of the batch; None in evaluation
+    whitening: Tensor  # (G, d, d), P_T of the batch, or the running one in evaluation
+    scale: Tensor  # (1,), s of the batch, or the running one in evaluation
 
 
 def channel_equilibrium(
@@ -94,32 +101,32 @@ def channel_equilibrium(
         eps,
         norm_eps=0.0 if norm is None else norm.eps,
         running=None if training else (running_whitening, running_scale),
-        processes=processes_of(process_group if training else None),
+        process_group=process_group if training else None,
         map_dtype=precision.map_dtype(x, double),
         dtype=precision.small_dtype(x, double),
     )
-    inputs = *(norm or (None,) * 4)[:4], alpha, theta, fc1_weight, ln_weight, ln_bias, fc2_weight
+    inputs = Inputs(*(norm or (None,) * 4)[:4], alpha, theta, fc1_weight, ln_weight, ln_bias, fc2_weight)
     with precision.no_autocast(x):
+        form = dispatch.choose(x, residual, relu, inputs, options)
         if precision.is_tracing():  # the same, in operations that a trace records
-            out, c, *_ = _forward(x, residual, relu, options, Inputs(*inputs))
+            out, c, _ = _forward(x, residual, relu, form, options, inputs)
             # Copied: adding to a view in place would put reshapes around all that follows in an exported graph
             memory_format = torch.contiguous_format if x.is_contiguous() else torch.channels_last
             out = out.clone(memory_format=memory_format)
             statistics = [None if t is None else t.detach() for t in (c.mean, c.whitening, c.scale)]
         else:
-            out, *statistics = _ChannelEquilibrium.apply(x, residual, relu, options, *inputs)
+            out, *statistics = _ChannelEquilibrium.apply(x, residual, relu, form, options, *inputs)
     return CEOutput(out, *statistics) if training else CEOutput(out, None, running_whitening, running_scale)
 
 
 def _forward(
-    x: Tensor, residual: Optional[Tensor], relu: bool, options: Options, inputs: Inputs
-) -> tuple[Tensor, Coefficients, dispatch.Forms, bool]:
-    """Return the output, M with its statistics, the form that was taken, and whether the map is channels_last."""
-    form = dispatch.choose(x, options.group_size, options.num_iterations, options.processes.size == 1)
+    x: Tensor, residual: Optional[Tensor], relu: bool, form: dispatch.Forms, options: Options, inputs: Inputs
+) -> tuple[Tensor, Coefficients, bool]:
+    """Return the output, M with its statistics, and whether the map is channels_last."""
     z = form.maps.group(x, options.group_size, options.map_dtype, with_scratch=not precision.is_tracing())
     sample_means, scatter = form.maps.reduce(z, options.running is None)
     c = form.coefficients.coefficients(sample_means, scatter, x.shape[2] * x.shape[3], inputs, options)
-    return form.maps.apply(z, c.matrix, c.constant, residual, relu), c, form, z.channels_last
+    return form.maps.apply(z, c.matrix, c.constant, residual, relu), c, z.channels_last
 
 
 class _ChannelEquilibrium(torch.autograd.Function):
@@ -127,11 +134,17 @@ class _ChannelEquilibrium(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, residual: Optional[Tensor], relu: bool, options: Options, *inputs: Optional[Tensor]
-    ) -> tuple[Tensor, ...]:
+        ctx: FunctionCtx,
+        x: Tensor,
+        residual: Optional[Tensor],
+        relu: bool,
+        form: dispatch.Forms,
+        options: Options,
+        *inputs: Optional[Tensor],
+    ) -> tuple[Optional[Tensor], ...]:
         # the layout too, since torch.compile allows no look at one in a backward pass
-        out, c, ctx.form, ctx.channels_last = _forward(x, residual, relu, options, Inputs(*inputs))
-        ctx.options, ctx.num_inputs = options, len(inputs)
+        out, c, ctx.channels_last = _forward(x, residual, relu, form, options, Inputs(*inputs))
+        ctx.form, ctx.options, ctx.num_inputs = form, options, len(inputs)
         ctx.save_for_backward(x, out if relu else None, c.matrix, *inputs, *c.saved)
         statistics = (c.mean, c.whitening, c.scale)
         ctx.mark_non_differentiable(*(t for t in statistics if t is not None))
@@ -141,7 +154,7 @@ class _ChannelEquilibrium(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor, *_: Optional[Tensor]) -> tuple[Optional[Tensor], ...]:
+    def backward(ctx: FunctionCtx, grad: Optional[Tensor], *_: Optional[Tensor]) -> tuple[Optional[Tensor], ...]:
         x, out, matrix, *tensors = ctx.saved_tensors
         inputs, saved = Inputs(*tensors[: ctx.num_inputs]), tuple(tensors[ctx.num_inputs :])
         maps, coefficients = ctx.form
@@ -150,10 +163,10 @@ class _ChannelEquilibrium(torch.autograd.Function):
             z = maps.group(x, ctx.options.group_size, ctx.options.map_dtype, ctx.channels_last)
             has_norm = inputs.norm_running_mean is not None
             d_matrix, d_constant, d_residual, dy = maps.reduce_backward(grad, z, out, has_norm)
-            slope, offset, d_inputs = coefficients.coefficients_backward(
+            k_matrix, k_vector, d_inputs = coefficients.coefficients_backward(
                 saved, x.shape[2] * x.shape[3], d_matrix, d_constant, inputs, ctx.options
             )
-            d_x = maps.apply_backward(dy, z, matrix, slope, offset) if ctx.needs_input_grad[0] else None
+            d_x = maps.apply_backward(dy, z, matrix, k_matrix, k_vector) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             d_residual = None
-        return d_x, d_residual, None, None, None, None, *d_inputs
+        return d_x, d_residual, None, None, None, None, None, *d_inputs
