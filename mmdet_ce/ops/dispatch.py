@@ -18,7 +18,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from .. import compat
-from . import coefficients, maps, precision
+from . import coefficients, maps, precision, triton_check
 from .records import Inputs, Options
 
 VARIABLE = 'MMDET_CE_KERNELS'
@@ -55,25 +55,20 @@ def choose(x: Tensor, shortcut: Optional[Tensor], relu: bool, inputs: Inputs, op
     choice = os.environ.get(VARIABLE, 'auto')
     if choice not in CHOICES:
         raise ValueError(f'{VARIABLE} must be one of {", ".join(CHOICES)}, got {choice!r}')
-    if choice == 'torch' or (choice == 'auto' and x.device.type != DEVICE_TYPE) or not _is_covered(x, options):
+    if choice == 'torch' or (choice == 'auto' and x.device.type != DEVICE_TYPE) or not _is_covered(x, inputs, options):
         return TORCH
-    reason = device_obstacle(x.device)
-    if reason is None:
-        signature = _signature(x, shortcut, relu, inputs, options)
-        if signature not in _verdicts and torch.cuda.is_current_stream_capturing():
-            reason = 'the layer ran for the first time while a CUDA graph was captured: run it once before'
-        else:
-            reason = _checked(signature, x, shortcut, relu, inputs, options)
+    reason = device_obstacle(x.device) or _layer_obstacle(x, shortcut, relu, inputs, options)
     if reason is not None and choice == 'triton':
         raise RuntimeError(f'{VARIABLE}=triton, but {reason}')
     _report(x.device, choice, reason)
     return TORCH if reason else _triton_form(options)
 
 
-def _is_covered(x: Tensor, options: Options) -> bool:
+def _is_covered(x: Tensor, inputs: Inputs, options: Options) -> bool:
     """Return whether the kernels are made for such a layer."""
     return (
         options.group_size in GROUP_SIZES
+        and len(inputs.ln_weight) > 2  # through LayerNorm of one or two units comes no gradient that could be checked
         and x.dtype in DTYPES
         and type(x) in (Tensor, nn.Parameter)  # a fake tensor has no memory
         and options.num_iterations <= precision.MAX_FLOAT32_ITERATIONS
@@ -98,20 +93,18 @@ def device_obstacle(device: torch.device) -> Optional[str]:
     return None
 
 
-def _signature(x: Tensor, shortcut: Optional[Tensor], relu: bool, inputs: Inputs, options: Options) -> tuple:
-    """Return all that decides which kernels a layer runs, but the size of its map."""
+def _layer_obstacle(
+    x: Tensor, shortcut: Optional[Tensor], relu: bool, inputs: Inputs, options: Options
+) -> Optional[str]:
+    """Return why Triton is not taken for a layer, or None: what its check gives, once a process and signature."""
     has = tuple(t is not None for t in (inputs.norm_running_mean, inputs.norm_weight, inputs.alpha, shortcut))
-    one_process, training = options.process_group is None, options.running is None
+    mode = relu, options.running is None, options.process_group is None
     sizes = x.shape[1], options.group_size, len(inputs.ln_weight), options.num_iterations
-    return x.device, x.dtype, inputs.theta.dtype, *sizes, *has, relu, training, one_process
-
-
-def _checked(signature: tuple, *layer: object) -> Optional[str]:
-    """Return why Triton is not taken for layers of a signature, or None; found out once a process."""
+    signature = x.device, x.dtype, inputs.theta.dtype, *sizes, *has, *mode
     if signature not in _verdicts:
-        from . import triton_check
-
-        _verdicts[signature] = triton_check.verdict(signature, _triton_form, *layer)
+        if torch.cuda.is_current_stream_capturing():  # not remembered: the next call checks
+            return 'a layer ran first while a CUDA graph was captured: run it once before'
+        _verdicts[signature] = triton_check.verdict(signature, _triton_form, x, shortcut, relu, inputs, options)
     return _verdicts[signature]
 
 
@@ -128,9 +121,8 @@ def _report(device: torch.device, choice: str, reason: Optional[str]) -> None:
         return
     _reported.add((device, reason is None))
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
-    if reason is None:
-        print_log(f'Channel Equilibrium on {name}: Triton ({VARIABLE}={choice})', logger='current')
-    elif device_obstacle(device):
-        print_log(f'Channel Equilibrium on {name}: torch ({reason})', logger='current')
+    form = f'Triton ({VARIABLE}={choice})' if reason is None else f'torch ({reason})'
+    if reason is None or device_obstacle(device):
+        print_log(f'Channel Equilibrium on {name}: {form}', logger='current')
     else:  # a warning, which every process shows: mmengine's logger is silent but for the first
-        warnings.warn(f'Channel Equilibrium on {name}: torch, slower than Triton, because {reason}', stacklevel=2)
+        warnings.warn(f'Channel Equilibrium on {name}: {form}', stacklevel=2)

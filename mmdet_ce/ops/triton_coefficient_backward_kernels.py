@@ -6,7 +6,7 @@ Letters and indices as in ``triton_coefficient_kernels``.
 import triton
 import triton.language as tl
 
-from .triton_coefficient_kernels import SCATTER_UNIT, dot, identity, mean_variance_of, norm_affine, normed_units
+from .triton_coefficient_kernels import SCATTER_UNIT, dot, identity, mean_variance_of, norm_affine
 
 
 @triton.jit
@@ -93,32 +93,29 @@ def _newton_derivative(normalized, d_whitening, d: tl.constexpr, num_iterations:
 
 @triton.jit
 def hidden_backward_kernel(
-    d_logits, reduced, ln_mean, ln_rstd, ln_weight, ln_bias, fc2, d_normed, d_fc2, num_samples, num_channels,
-    num_hidden, units: tl.constexpr, block: tl.constexpr,
+    d_logits, rectified, fc2, d_normed, d_fc2, num_samples, num_channels, num_hidden, units: tl.constexpr,
+    block: tl.constexpr,
 ):  # fmt: skip
     """Through W2 and ReLU: for sample n the gradient before ReLU; in the program after the last sample that of W2."""
     h = tl.program_id(0) * units + tl.arange(0, units)
     n = tl.program_id(1)
     there = h < num_hidden
     if n < num_samples:
-        mean, rstd = tl.load(ln_mean + n), tl.load(ln_rstd + n)
-        normed = normed_units(reduced, 1.0, mean, rstd, ln_weight, ln_bias, n, h, num_hidden)
         total = tl.zeros((block, units), tl.float32)
         for start in range(0, num_channels, block):
             c = start + tl.arange(0, block)
             dl = tl.load(d_logits + n * num_channels + c, mask=c < num_channels, other=0.0)
             inside = (c < num_channels)[:, None] & there[None, :]
             total += dl[:, None] * tl.load(fc2 + c[:, None] * num_hidden + h[None, :], mask=inside, other=0.0)
-        tl.store(d_normed + n * num_hidden + h, tl.where(normed <= 0, 0.0, tl.sum(total, 0)), mask=there)
+        stopped = tl.load(rectified + n * num_hidden + h, mask=there, other=0.0) <= 0
+        tl.store(d_normed + n * num_hidden + h, tl.where(stopped, 0.0, tl.sum(total, 0)), mask=there)
     else:
         for start in range(0, num_channels, block):
             c = start + tl.arange(0, block)
             total = tl.zeros((block, units), tl.float32)
             for k in range(num_samples):
-                mean, rstd = tl.load(ln_mean + k), tl.load(ln_rstd + k)
-                normed = normed_units(reduced, 1.0, mean, rstd, ln_weight, ln_bias, k, h, num_hidden)
                 dl = tl.load(d_logits + k * num_channels + c, mask=c < num_channels, other=0.0)
-                total += dl[:, None] * tl.where(normed < 0, 0.0, normed)[None, :]
+                total += dl[:, None] * tl.load(rectified + k * num_hidden + h, mask=there, other=0.0)[None, :]
             inside = (c < num_channels)[:, None] & there[None, :]
             tl.store(d_fc2 + c[:, None] * num_hidden + h[None, :], total, mask=inside)
 

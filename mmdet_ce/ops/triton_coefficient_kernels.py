@@ -31,15 +31,6 @@ def norm_affine(mean, variance, weight, bias, eps, channels, has_norm: tl.conste
 
 
 @triton.jit
-def normed_units(hidden, unit, mean, rstd, ln_weight, ln_bias, n, h, num_hidden):
-    """Return hidden units h of sample n behind LayerNorm, whose moments are those of hidden / unit."""
-    there = h < num_hidden
-    gain = tl.load(ln_weight + h, mask=there, other=0.0).to(tl.float32)
-    bias = tl.load(ln_bias + h, mask=there, other=0.0).to(tl.float32)
-    return (tl.load(hidden + n * num_hidden + h, mask=there, other=0.0) / unit - mean) * rstd * gain + bias
-
-
-@triton.jit
 def mean_variance_of(sums, num_groups, max_groups: tl.constexpr):
     """Return the mean of all variances, and whether it is no more than rounding; see ``batch.batch_statistics``."""
     groups = tl.arange(0, max_groups)
@@ -135,9 +126,9 @@ def hidden_kernel(
 @triton.jit
 def mixture_kernel(
     hidden, sums, whitening, running_scale, norm_mean, norm_variance, norm_weight, norm_bias, norm_eps, alpha, theta,
-    ln_weight, ln_bias, fc2, matrix, constant, gate, reduced, ln_unit, ln_mean, ln_rstd, batch_scale, whitening_used,
-    num_samples, num_groups, num_hidden, d: tl.constexpr, max_groups: tl.constexpr, max_hidden: tl.constexpr,
-    block: tl.constexpr, training: tl.constexpr, has_norm: tl.constexpr, has_alpha: tl.constexpr,
+    ln_weight, ln_bias, fc2, matrix, constant, gate, reduced, rectified, ln_unit, ln_mean, ln_rstd, batch_scale,
+    whitening_used, num_samples, num_groups, num_hidden, d: tl.constexpr, max_groups: tl.constexpr,
+    max_hidden: tl.constexpr, block: tl.constexpr, training: tl.constexpr, has_norm: tl.constexpr, has_alpha: tl.constexpr,
 ):  # fmt: skip
     """The gate of the group's channels in sample n, s, and M_{n,g} with the norm folded in."""
     g, n = tl.program_id(0), tl.program_id(1)
@@ -160,10 +151,14 @@ def mixture_kernel(
     for start in range(0, num_hidden, block):
         h = start + tl.arange(0, block)
         there = h < num_hidden
-        normed = normed_units(hidden, unit, mean, rstd, ln_weight, ln_bias, n, h, num_hidden)
-        rectified = tl.where(normed < 0, 0.0, normed)
+        normed = (tl.load(hidden + n * num_hidden + h, mask=there, other=0.0) / unit - mean) * rstd
+        normed *= tl.load(ln_weight + h, mask=there, other=0.0).to(tl.float32)
+        normed += tl.load(ln_bias + h, mask=there, other=0.0).to(tl.float32)
+        normed = tl.where(normed < 0, 0.0, normed)
+        if g == 0:
+            tl.store(rectified + n * num_hidden + h, normed, mask=there)
         w2 = tl.load(fc2 + c[:, None] * num_hidden + h[None, :], mask=there[None, :], other=0.0)
-        logits += w2.to(tl.float32) * rectified[None, :]
+        logits += w2.to(tl.float32) * normed[None, :]
     gates = 1 / (1 + tl.exp(-tl.sum(logits, 1)))
     if training:
         mean_variance, lacks_variance = mean_variance_of(sums, num_groups, max_groups)

@@ -29,9 +29,9 @@ def coefficients(sample_means: Tensor, scatter: Tensor, length: int, inputs: Inp
     c, num_hidden = g * d, len(inputs.ln_weight)
     norm, has_norm, has_alpha = _norm(inputs, options), inputs.norm_running_mean is not None, inputs.alpha is not None
     empty = sample_means.new_empty
-    sizes = n * c, c, c * d, c * d, n * num_hidden, n * num_hidden, n, n, n, g, 2 * g
+    sizes = n * c, c, c * d, c * d, *[n * num_hidden] * 3, n, n, n, g, 2 * g
     parts = empty(sum(sizes)).split(sizes)
-    gate, center, covariance, normalized, hidden, reduced, *layer_norm, trace, sums = parts
+    gate, center, covariance, normalized, hidden, *gate_state, trace, sums = parts
     mean, whitening, scale = empty((g, d, 1)) if training else None, empty((g, d, d)), empty((1,))
     matrix, constant = empty((n, g, d, d)), empty((n, g, d)) if has_norm else None
     given_whitening, given_scale = options.running or (whitening, None)
@@ -47,8 +47,8 @@ def coefficients(sample_means: Tensor, scatter: Tensor, length: int, inputs: Inp
         )  # fmt: skip
         kernels.mixture_kernel[(g, n)](
             hidden, sums, given_whitening, given_scale, *norm, inputs.alpha, inputs.theta, inputs.ln_weight,
-            inputs.ln_bias, inputs.fc2_weight, matrix, constant, gate, reduced, *layer_norm, scale, whitening, n, g,
-            num_hidden, d, *_hidden_blocks(g, d, num_hidden), training, has_norm, has_alpha,
+            inputs.ln_bias, inputs.fc2_weight, matrix, constant, gate, *gate_state, scale, whitening, n, g, num_hidden,
+            d, *_hidden_blocks(g, d, num_hidden), training, has_norm, has_alpha,
         )  # fmt: skip
     return Coefficients(matrix, constant, mean, whitening, scale, (sample_means, scatter, whitening, scale, *parts))
 
@@ -63,7 +63,7 @@ def coefficients_backward(
 ) -> tuple[Tensor, Tensor, tuple[Optional[Tensor], ...]]:
     """Return what dx needs, and the gradients of ``inputs``; see ``coefficients.coefficients_backward``."""
     sample_means, scatter, whitening, scale, gate, center, covariance, normalized, *gate_state, trace, sums = saved
-    _, reduced, ln_unit, ln_mean, ln_rstd = gate_state
+    _, reduced, rectified, ln_unit, ln_mean, ln_rstd = gate_state
     (n, g, d), training = sample_means.shape, options.running is None
     c, num_hidden = g * d, len(inputs.ln_weight)
     norm, has_norm, has_alpha = _norm(inputs, options), inputs.norm_running_mean is not None, inputs.alpha is not None
@@ -82,8 +82,8 @@ def coefficients_backward(
             d, options.num_iterations, training, has_norm, has_alpha, num_warps=MATRIX_WARPS[d],
         )  # fmt: skip
         backward_kernels.hidden_backward_kernel[(triton.cdiv(num_hidden, UNITS), n + 1)](
-            d_logits, reduced, ln_mean, ln_rstd, inputs.ln_weight, inputs.ln_bias, inputs.fc2_weight, d_normed, d_fc2,
-            n, c, num_hidden, UNITS, min(BLOCK, triton.next_power_of_2(c)),
+            d_logits, rectified, inputs.fc2_weight, d_normed, d_fc2, n, c, num_hidden,
+            UNITS, min(BLOCK, triton.next_power_of_2(c)),
         )  # fmt: skip
         d_reduced, d_ln_weight, d_ln_bias = torch.ops.aten.native_layer_norm_backward(
             d_normed.view(n, -1), reduced.view(n, -1), [num_hidden], ln_mean.view(n, 1), ln_rstd.view(n, 1),

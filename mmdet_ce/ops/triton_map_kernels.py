@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from . import maps
+from .triton_coefficient_kernels import SCATTER_UNIT
 
-SCATTER_UNIT = tl.constexpr(maps.SCATTER_UNIT)
 ROOT_UNIT = tl.constexpr(maps.ROOT_UNIT)
 PIVOT_POSITIONS = tl.constexpr(16)  # so many columns of a tile are read as fast as one
 
@@ -28,9 +28,7 @@ def _offsets(positions, num_groups, length, d: tl.constexpr, channels_last: tl.c
 
 
 @triton.jit
-def _pivot(
-    x, begin, end, num_groups, length, d: tl.constexpr, count: tl.constexpr, channels_last: tl.constexpr
-):  # fmt: skip
+def _pivot(x, begin, end, num_groups, length, d: tl.constexpr, count: tl.constexpr, channels_last: tl.constexpr):
     """Return the mean of the first ``count`` positions of a stretch, (d,)."""
     positions = begin + tl.arange(0, count)
     offsets = _offsets(positions, num_groups, length, d, channels_last)
@@ -49,10 +47,7 @@ def reduce_kernel(
     end = tl.minimum(begin + stretch, length)
     pivot = _pivot(x, begin, end, num_groups, length, d, block, channels_last)
     sums = tl.zeros((d, block), tl.float32)
-    if with_covariance:
-        products = tl.zeros((d, d), tl.float32)
-    else:
-        products = tl.zeros((d, block), tl.float32)
+    products = tl.zeros((d, d if with_covariance else block), tl.float32)
     for start in range(begin, end, block):
         positions = start + tl.arange(0, block)
         there = (positions < end)[None, :]
@@ -95,24 +90,21 @@ def merge_moments_kernel(
         pointers = partial_means + (first + part)[:, None] * d
         mean += tl.sum(tl.load(pointers + channels[None, :], mask=there, other=0.0) * share[:, None], 0)
         row_mean += tl.sum(tl.load(pointers + row[None, :], mask=there, other=0.0) * share[:, None], 0)
-    if with_covariance:
-        total = tl.zeros((rows, d), tl.float32)
-    else:
-        total = tl.zeros((rows,), tl.float32)
+    total = tl.zeros((rows, d) if with_covariance else (rows,), tl.float32)
     for start in range(0, num_parts, parts):
         part = start + tl.arange(0, parts)
         there = (part < num_parts)[:, None]
         count = tl.where(part < num_parts, tl.minimum(stretch, length - part * stretch), 0) / SCATTER_UNIT
         pointers = partial_means + (first + part)[:, None] * d
         row_shift = tl.load(pointers + row[None, :], mask=there, other=0.0) - row_mean[None, :]
-        pointers_within = partial_scatter + ((first + part)[:, None] * d + row[None, :])
+        rows_within = (first + part).to(tl.int64)[:, None] * d + row[None, :]
         if with_covariance:
             shift = tl.load(pointers + channels[None, :], mask=there, other=0.0) - mean[None, :]
-            pointers_within = partial_scatter + ((first + part).to(tl.int64)[:, None] * d + row[None, :]) * d
-            within = tl.load(pointers_within[:, :, None] + channels[None, None, :], mask=there[:, :, None], other=0.0)
+            tile = partial_scatter + rows_within[:, :, None] * d + channels[None, None, :]
+            within = tl.load(tile, mask=there[:, :, None], other=0.0)
             total += tl.sum(within + (count[:, None] * row_shift)[:, :, None] * shift[:, None, :], 0)
         else:
-            within = tl.load(pointers_within, mask=there, other=0.0)
+            within = tl.load(partial_scatter + rows_within, mask=there, other=0.0)
             total += tl.sum(within + count[:, None] * row_shift * row_shift, 0)
     if with_covariance:
         tl.store(scatter + (group_index.to(tl.int64) * d + row[:, None]) * d + channels[None, :], total)

@@ -145,10 +145,11 @@ def _plan(name: str, x: StridedMap) -> tuple[tuple[int, int], tuple[int, int, in
 
     The positions are shared out among enough programs to fill the device, but no more than there are blocks.
     """
-    (n, g, length), dtype = x.shape, x.values.dtype
+    (n, g, length), dtype, device = x.shape, x.values.dtype, x.values.device
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == 'cuda' else 1
     tiling, align = tiling_of(name, x.group_size, dtype), min(length & -length, 16)  # 16, or what power of 2 divides L
     blocks = triton.cdiv(length, tiling.block)
-    wanted = triton.cdiv(tiling.programs * _multiprocessors(x.values.device), n * g)
+    wanted = triton.cdiv(tiling.programs * processors, n * g)
     blocks_of_program = triton.cdiv(blocks, min(wanted, blocks))
     constants = dict(
         d=x.group_size,
@@ -160,8 +161,3 @@ def _plan(name: str, x: StridedMap) -> tuple[tuple[int, int], tuple[int, int, in
     )
     grid = n * g, triton.cdiv(blocks, blocks_of_program)
     return grid, (g, length // align, blocks_of_program * tiling.block), constants
-
-
-@functools.lru_cache(maxsize=None)
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == 'cuda' else 1
