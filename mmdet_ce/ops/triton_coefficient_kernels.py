@@ -128,7 +128,8 @@ def mixture_kernel(
     hidden, sums, whitening, running_scale, norm_mean, norm_variance, norm_weight, norm_bias, norm_eps, alpha, theta,
     ln_weight, ln_bias, fc2, matrix, constant, gate, reduced, rectified, ln_unit, ln_mean, ln_rstd, batch_scale,
     whitening_used, num_samples, num_groups, num_hidden, d: tl.constexpr, max_groups: tl.constexpr,
-    max_hidden: tl.constexpr, block: tl.constexpr, training: tl.constexpr, has_norm: tl.constexpr, has_alpha: tl.constexpr,
+    max_hidden: tl.constexpr, block: tl.constexpr, training: tl.constexpr, has_norm: tl.constexpr,
+    has_alpha: tl.constexpr,
 ):  # fmt: skip
     """The gate of the group's channels in sample n, s, and M_{n,g} with the norm folded in."""
     g, n = tl.program_id(0), tl.program_id(1)

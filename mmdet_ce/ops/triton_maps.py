@@ -136,7 +136,7 @@ def _small(tensor: Optional[Tensor]) -> Optional[Tensor]:
 def tiling_of(name: str, d: int, dtype: torch.dtype) -> Tiling:
     """Return how the kernel of a pass covers a map; half as much of a float32 one where shared memory would not do."""
     tiling = TILINGS[name][d]
-    halved = d == 64 and dtype == torch.float32 and name.endswith('backward')
+    halved = d >= 32 and dtype == torch.float32 and name.endswith('backward')
     return tiling._replace(block=tiling.block // 2) if halved else tiling
 
 
