@@ -10,12 +10,10 @@ check_environment()
 
 from .backbones import CEMobileNetV2, CEResNet, CEResNetV1d, CEResNeXt  # noqa: E402
 from .checkpoints import register_loaders  # noqa: E402
-from .compat import warn_of_torch_load  # noqa: E402
 from .hooks import AtomicCheckpointHook, CECalibrationHook, ChannelStatisticsHook  # noqa: E402
 from .layers import ChannelEquilibrium  # noqa: E402
 
 register_loaders()
-warn_of_torch_load()
 
 __all__ = [
     'AtomicCheckpointHook',

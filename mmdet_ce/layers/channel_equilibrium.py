@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import compat
-from ..ops import EvalNorm, channel_equilibrium
+from ..ops import channel_equilibrium
 from ..ops.gate import LAYER_NORM_EPS
 from ..ops.precision import in_backward_pass
 
@@ -171,7 +171,7 @@ class ChannelEquilibrium(nn.Module):
             running_whitening=None if self.training else self.bd.running_whitening,
             running_scale=None if self.training else self.ir.running_scale,
             alpha=self.alpha,
-            norm=None if norm is None else EvalNorm.of(norm),
+            norm=norm,
             residual=residual,
             relu=relu,
             process_group=self._process_group(),

@@ -1,8 +1,7 @@
 """The mathematics of Channel Equilibrium as functions of tensors."""
 
 from .newton import inverse_sqrt_newton
-from .norm_affine import EvalNorm
 from .operator import CEOutput, channel_equilibrium
 from .reference import channel_equilibrium_reference
 
-__all__ = ['CEOutput', 'EvalNorm', 'channel_equilibrium', 'channel_equilibrium_reference', 'inverse_sqrt_newton']
+__all__ = ['CEOutput', 'channel_equilibrium', 'channel_equilibrium_reference', 'inverse_sqrt_newton']

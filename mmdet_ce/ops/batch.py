@@ -11,37 +11,20 @@ pass. Nothing is copied from or to the host.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional, Union
+from typing import Optional
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .maps import SCATTER_UNIT
-from .precision import least_variance, rounding_variance
-from .records import Saved
-
-
-class Batch(NamedTuple):
-    """Moments of a batch, or of the part of it that one process has."""
-
-    samples: Union[int, Tensor]  # N
-    positions: Union[int, Tensor]  # N L
-    mean: Tensor  # (G, d), mu of z
-    covariance: Tensor  # (G, d, d), of z
-    mean_variance: Tensor  # (1,), mean(v)
-    rounding: Tensor  # (1,), what of it rounding alone may leave
+from .precision import add_matmul, least_variance, matmul, rounding_variance
+from .records import Options, Saved
 
 
 def batch_statistics(
-    sample_means: Tensor,
-    scatter: Tensor,
-    length: int,
-    x_means: Tensor,
-    variance: Tensor,
-    map_dtype: torch.dtype,
-    group: Optional[dist.ProcessGroup],
-) -> Batch:
+    sample_means: Tensor, scatter: Tensor, length: int, x_means: Tensor, variance: Tensor, options: Options
+) -> tuple[Optional[Tensor], ...]:
     """Return the moments of the whole batch.
 
     Args:
@@ -50,37 +33,50 @@ def batch_statistics(
         length: Positions L of a sample.
         x_means: (N, G, d), of x.
         variance: v, (N, G, d), of x.
-        map_dtype: In what the map was reduced.
-        group: The processes whose samples are the batch; None for this one alone.
+        options: Have the processes and the dtype of the map.
+
+    Returns:
+        N and N L of all processes, (1,), None where there is one; mu, (G, d), and the covariance, (G, d, d), of z;
+        mean(v) and what of it rounding alone may leave, (1,).
     """
     n, share = len(sample_means), 1 / variance.numel()  # shares are summed, since the sum alone could overflow
     mean = sample_means.mean(0)
     shifts = (sample_means - mean).transpose(0, 1)
     within = scatter.sum(0)
-    covariance = torch.baddbmm(within, shifts.mT, shifts, beta=SCATTER_UNIT / (n * length), alpha=1 / n)
-    rounding = x_means.square() * (share * rounding_variance(map_dtype))
-    batch = Batch(n, n * length, mean, covariance, (variance * share).sum().view(1), rounding.sum().view(1))
-    return batch if group is None else _merged(batch, group)
+    covariance = add_matmul(within, shifts.mT, shifts, beta=SCATTER_UNIT / (n * length), alpha=1 / n)
+    mean_variance = (variance * share).sum().view(1)
+    rounding = (x_means.square() * (share * rounding_variance(options.map_dtype))).sum().view(1)
+    if options.process_group is None:
+        return None, None, mean, covariance, mean_variance, rounding
+    return _merged(options.process_group, n, length, mean, covariance, mean_variance, rounding)
 
 
-def _merged(part: Batch, group: dist.ProcessGroup) -> Batch:
+def _merged(
+    group: dist.ProcessGroup,
+    n: int,
+    length: int,
+    mean: Tensor,
+    covariance: Tensor,
+    mean_variance: Tensor,
+    rounding: Tensor,
+) -> tuple[Tensor, ...]:
     """Return the moments of the whole batch from those of this process's part."""
-    mean, shape = part.mean, part.covariance.shape
-    counts = [torch.full((1,), float(n), dtype=mean.dtype, device=mean.device) for n in (part.samples, part.positions)]
-    packed = torch.cat([*counts, part.mean_variance, part.rounding, mean.flatten(), part.covariance.flatten()])
+    shape = covariance.shape
+    counts = [torch.full((1,), float(count), dtype=mean.dtype, device=mean.device) for count in (n, n * length)]
+    packed = torch.cat([*counts, mean_variance, rounding, mean.flatten(), covariance.flatten()])
     gathered = packed.new_empty(group.size(), len(packed))
     dist.all_gather(list(gathered.unbind()), packed, group=group)
-    n, positions, mean_variance, rounding, means, covariances = gathered.split(
+    samples, positions, variances, roundings, means, covariances = gathered.split(
         [1, 1, 1, 1, mean.numel(), shape.numel()], 1
     )
-    by_sample, by_position = n / n.sum(), positions / positions.sum()
+    by_sample, by_position = samples / samples.sum(), positions / positions.sum()
     mean = (by_position * means).sum(0)
     # The covariances lie about each process's own mean: add that of the means
     shifts = (means - mean).view(-1, *shape[:2])
-    between = torch.einsum('p,pgi,pgj->gij', by_position[:, 0], shifts, shifts)
+    between = matmul((by_position[:, :, None] * shifts).permute(1, 2, 0), shifts.transpose(0, 1))
     covariance = (by_position * covariances).sum(0).view(shape) + between
-    shares = (by_sample * mean_variance).sum(0), (by_sample * rounding).sum(0)
-    return Batch(n.sum(0), positions.sum(0), mean.view(shape[:2]), covariance, *shares)
+    shares = (by_sample * variances).sum(0), (by_sample * roundings).sum(0)
+    return samples.sum(0), positions.sum(0), mean.view(shape[:2]), covariance, *shares
 
 
 def summed(group: Optional[dist.ProcessGroup], *values: Tensor) -> tuple[Tensor, ...]:
@@ -93,14 +89,14 @@ def summed(group: Optional[dist.ProcessGroup], *values: Tensor) -> tuple[Tensor,
     return tuple(part.view(value.shape) for part, value in zip(parts, values))
 
 
-def batch_scale(batch: Batch, map_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def batch_scale(mean_variance: Tensor, rounding: Tensor, map_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return whether the batch lacks variance, and s, (1,) each.
 
     A batch without spatial variance (all-zero, constant or 1x1 maps; the network's first step when zero_init_residual
     zeroes the norm before CE) has nothing to be equalized: s = 1, where the formula has 0/0.
     """
-    lacks_variance = batch.mean_variance <= batch.rounding + least_variance(map_dtype)
-    return lacks_variance, batch.mean_variance.masked_fill(lacks_variance, 1.0).sqrt()
+    lacks_variance = mean_variance <= rounding + least_variance(map_dtype)
+    return lacks_variance, mean_variance.masked_fill(lacks_variance, 1.0).sqrt()
 
 
 def batch_scale_backward(saved: Saved, d_variance: Tensor, d_log_inverse_scale: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from .gate import gate, gate_backward
 from .maps import SCATTER_UNIT
 from .newton import eye, whitening, whitening_backward
 from .norm_affine import affine, affine_backward, fold, fold_backward, moments_backward
+from .precision import matmul
 from .records import Coefficients, Inputs, Options, Saved
 
 
@@ -39,15 +40,15 @@ def coefficients(sample_means: Tensor, scatter: Tensor, length: int, inputs: Inp
     z_variance = squares * (SCATTER_UNIT / max(length - 1, 1))  # of a 1x1 map 0
     variance = z_variance if a is None else z_variance * a.square()
     unit, reduced, hidden, hidden_mean, hidden_rstd, rectified, gates = gate(variance.flatten(1), inputs)
-    mean = batch = lacks_variance = trace = normalized = None
+    mean = samples = positions = z_mean = z_covariance = lacks_variance = trace = normalized = None
     if training:
         x_means = sample_means if a is None else torch.addcmul(b, a, sample_means)
-        batch = batch_statistics(
-            sample_means, scatter, length, x_means, variance, options.map_dtype, options.process_group
+        samples, positions, z_mean, z_covariance, mean_variance, rounding = batch_statistics(
+            sample_means, scatter, length, x_means, variance, options
         )
-        mean = batch.mean if a is None else torch.addcmul(b, a, batch.mean)
-        covariance = batch.covariance if a is None else a[:, :, None] * batch.covariance * a[:, None, :]
-        lacks_variance, scale = batch_scale(batch, options.map_dtype)
+        lacks_variance, scale = batch_scale(mean_variance, rounding, options.map_dtype)
+        mean = z_mean if a is None else torch.addcmul(b, a, z_mean)
+        covariance = z_covariance if a is None else a[:, :, None] * z_covariance * a[:, None, :]
         trace, normalized, p = whitening(covariance, options.eps, options.num_iterations)
     else:
         # P is copied: a training pass may update the buffer in place before the backward pass of this one
@@ -58,20 +59,10 @@ def coefficients(sample_means: Tensor, scatter: Tensor, length: int, inputs: Inp
         sample_means, z_variance, rstd, a, b,
         unit, reduced, hidden, hidden_mean, hidden_rstd, rectified, gates,
         lambda_, p, reweighting, ce_matrix, matrix,
+        samples, positions, z_mean, z_covariance, lacks_variance, scale if training else None, trace, normalized,
     )  # fmt: skip
-    if not training:
-        return Coefficients(folded, constant, None, None, None, saved)
-    saved = saved._replace(
-        samples=None if options.process_group is None else batch.samples,
-        positions=None if options.process_group is None else batch.positions,
-        z_mean=batch.mean,
-        z_covariance=batch.covariance,
-        lacks_variance=lacks_variance,
-        scale=scale,
-        trace=trace,
-        normalized=normalized,
-    )
-    return Coefficients(folded, constant, mean[..., None], p, scale, saved)
+    statistics = (mean[..., None], p, scale) if training else (None, None, None)
+    return Coefficients(folded, constant, *statistics, saved)
 
 
 def coefficients_backward(
@@ -82,19 +73,15 @@ def coefficients_backward(
     inputs: Inputs,
     options: Options,
 ) -> tuple[Tensor, Tensor, tuple[Optional[Tensor], ...]]:
-    """Return what dx needs, and the gradients of the tensors beside the map.
+    """Return K and k in dx = M^T dy + K x - k, and the gradients of ``inputs``, from the norm's weight on.
 
     Args:
-        saved: Of the forward pass.
+        saved: Of the forward pass, as are ``length``, ``inputs`` and ``options``.
         length: Positions L of a sample.
         d_matrix: The gradient of what z was multiplied with, (N, G, d, d).
         d_constant: The gradient of what was added, (N, G, d), or None.
-        inputs: Those of the forward pass.
-        options: Those of the forward pass.
-
-    Returns:
-        K, (N, G, d, d), or where it is diagonal its diagonal, (N, G, d), and k, (N, G, d), in dx = M^T dy + K x - k;
-        and the gradients of ``inputs``, from the norm's weight on.
+        inputs: The tensors beside the map.
+        options: The arguments.
     """
     saved, inputs, group = Saved(*saved), _converted(inputs, options.dtype), options.process_group
     d_matrix, d_covariance, d_norm = d_matrix.to(options.dtype), None, (None, None)
@@ -154,9 +141,9 @@ def _times_rest(tensor: Tensor, lambda_: Tensor) -> Tensor:
 def through_statistics(
     saved: Saved, length: int, d_variance: Tensor, d_covariance: Optional[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Return K and k in dx = M^T dy + K x - k: what comes through the statistics.
+    """Return K, (N, G, d, d), or its diagonal, (N, G, d), in evaluation, and k, (N, G, d), in dx = M^T dy + K x - k.
 
-    Through a sample's own variance it is 2 dv / (L - 1) (x - m), through the covariance 2 dSigma / (N L) (x - mu).
+    Through a sample's own variance comes 2 dv / (L - 1) (x - m), through the covariance 2 dSigma / (N L) (x - mu).
 
     Args:
         saved: Of the forward pass.
@@ -169,10 +156,10 @@ def through_statistics(
         k_matrix = torch.zeros_like(d_variance) if length == 1 else d_variance * factor
         return k_matrix, k_matrix * means
     by_covariance = d_covariance * (2 / (len(means) * length if saved.positions is None else saved.positions))
-    at_mean = (by_covariance @ saved.z_mean[..., None])[..., 0]
+    at_mean = matmul(by_covariance, saved.z_mean[..., None])[..., 0]
     k_matrix = by_covariance.expand(len(means), -1, -1, -1).contiguous()
     if length == 1:  # x = m; K may be as large as 1 / eps, and 16-bit maps would not cancel K x and k
-        return torch.zeros_like(k_matrix), at_mean - (k_matrix @ means[..., None])[..., 0]
+        return torch.zeros_like(k_matrix), at_mean - matmul(k_matrix, means[..., None])[..., 0]
     k_matrix.diagonal(dim1=2, dim2=3).add_(d_variance, alpha=factor)
     return k_matrix, torch.addcmul(at_mean, d_variance, means, value=factor)
 

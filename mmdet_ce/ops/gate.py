@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .precision import matmul
 from .records import Inputs, Saved
 
 LAYER_NORM_EPS = 1e-5
@@ -18,12 +19,12 @@ def gate(variance: Tensor, inputs: Inputs) -> tuple[Tensor, ...]:
     """Return what ``Saved`` has of the gate, the gate itself last, for the spatial variances v, (N, C)."""
     unit = (variance.amax(1, keepdim=True) / LARGE_VARIANCE).clamp(min=1.0)
     reduced = variance / unit
-    hidden = F.linear(reduced, inputs.fc1_weight)
+    hidden = matmul(reduced, inputs.fc1_weight.T)
     normed, mean, rstd = torch.native_layer_norm(
         hidden, inputs.ln_bias.shape, inputs.ln_weight, inputs.ln_bias, LAYER_NORM_EPS
     )
     rectified = F.relu(normed)
-    return unit, reduced, hidden, mean, rstd, rectified, torch.sigmoid(F.linear(rectified, inputs.fc2_weight))
+    return unit, reduced, hidden, mean, rstd, rectified, torch.sigmoid(matmul(rectified, inputs.fc2_weight.T))
 
 
 def gate_backward(saved: Saved, inputs: Inputs, d_log_gate: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -35,7 +36,7 @@ def gate_backward(saved: Saved, inputs: Inputs, d_log_gate: Tensor) -> tuple[Ten
         d_log_gate: (N, C), the gradient with respect to log(gate): the gate times its own gradient.
     """
     d_logits = torch.addcmul(d_log_gate, d_log_gate, saved.gate, value=-1)  # sigmoid' = gate (1 - gate)
-    d_normed = torch.ops.aten.threshold_backward(d_logits @ inputs.fc2_weight, saved.rectified, 0)
+    d_normed = torch.ops.aten.threshold_backward(matmul(d_logits, inputs.fc2_weight), saved.rectified, 0)
     d_hidden, d_ln_weight, d_ln_bias = torch.ops.aten.native_layer_norm_backward(
         d_normed,
         saved.hidden,
@@ -46,5 +47,5 @@ def gate_backward(saved: Saved, inputs: Inputs, d_log_gate: Tensor) -> tuple[Ten
         inputs.ln_bias,
         [True] * 3,
     )
-    d_variance = (d_hidden / saved.unit) @ inputs.fc1_weight
-    return d_variance, (d_hidden.T @ saved.reduced, d_ln_weight, d_ln_bias, d_logits.T @ saved.rectified)
+    d_variance = matmul(d_hidden / saved.unit, inputs.fc1_weight)
+    return d_variance, (matmul(d_hidden.T, saved.reduced), d_ln_weight, d_ln_bias, matmul(d_logits.T, saved.rectified))

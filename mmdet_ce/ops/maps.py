@@ -8,39 +8,33 @@ positions; four passes then read or write it:
     reduce_backward   dM = dy x^T, dc = sum(dy)                            one reduction
     apply_backward    dx = M^T dy + K x - k                                two products; one where K is diagonal
 
-``triton_maps`` has the same functions for GPUs. Here, the passes are products of batches of matrices, (d, L) each. A
-contiguous map is one batch of N G. Of a channels_last map only one sample's groups can be seen as a batch without a
-copy, with strides (d, 1, C). ``_reads_by_strides`` chooses between N such batches and a copy that is one batch.
+``triton_maps`` has the same functions for GPUs. Here, the passes are products of one batch of N G matrices. The groups
+of a channels_last map are copied for it, (N G, L, d), and the product is copied back.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
-from .. import compat
 from . import precision
 
 # S is handed on in this unit, a power of two, which costs no digits: the sum of a map's squares leaves float32's range
 # before their mean does. Up to 2**20 positions it does not exceed the largest square.
 SCATTER_UNIT = 2.0**20
 ROOT_UNIT = 2.0**10
-# Elements of a sample from which a channels_last map is read by its strides. Of smaller samples, starting operations
-# for each takes longer than a copy of the map: 1.1 times at 50,000 elements, 0.7 times at 200,000.
-LEAST_SAMPLE = 2**17
 
 
 class GroupedMap(NamedTuple):
     """A map as N G matrices."""
 
-    batches: tuple[Tensor, ...]  # one of (N G, d, L), or N of (G, d, L); views of the map where they can be
+    values: Tensor  # (N G, d, L); a view of the map where it can be
     map: Tensor  # (N, C, H, W)
-    channels_last: bool
-    scratch: Optional[Tensor]  # of the shape of a batch: x - m, and where the product goes afterwards
+    channels_last: bool  # then the values are the transpose of a contiguous (N G, L, d)
+    scratch: Optional[Tensor]  # of the shape of the values: x - m, and where the product goes afterwards
 
 
 def group(
@@ -51,24 +45,22 @@ def group(
     Args:
         x: (N, C, H, W). If it is neither contiguous nor channels_last it is copied to the contiguous format.
         group_size: Channels d of a group.
-        dtype: The dtype to compute in. A 16-bit map on CUDA stays as it is where torch can sum its products in float32.
+        dtype: The dtype to compute in. A 16-bit map on CUDA stays as it is.
         channels_last: Which format to bring it into; None for its own.
-        with_scratch: Whether ``reduce`` and ``apply`` follow, which share one buffer of the size of a batch.
+        with_scratch: Whether ``reduce`` and ``apply`` follow, which share one buffer of the size of the map.
     """
-    channels_last = _is_channels_last(x) if channels_last is None else channels_last
-    if not (x.is_cuda and x.element_size() == 2 and dtype == torch.float32 and _bmm_sums_in_float32()):
-        converted = x.to(dtype)
-    else:
-        converted = x
+    (n, _, h, w), d = x.shape, group_size
+    if channels_last is None:
+        channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    converted = x if dtype == torch.float32 and precision.stays_16_bit(x) else x.to(dtype)
     if channels_last:
-        groups = _by_groups(converted.contiguous(memory_format=torch.channels_last), group_size)
-        batches = groups.unbind() if _reads_by_strides(x) else (groups.mT.flatten(0, 1).contiguous().mT,)
+        by_position = converted.permute(0, 2, 3, 1).reshape(n, h * w, -1, d)
+        values = by_position.transpose(1, 2).reshape(-1, h * w, d).mT
     else:
-        batches = (converted.reshape(-1, group_size, x.shape[2] * x.shape[3]),)
+        values = converted.reshape(-1, d, h * w)
     # torch.compile takes no buffer that is transposed, and a 16-bit one would round x - m
-    may_have_scratch = not channels_last or _reads_by_strides(x)
-    has_scratch = with_scratch and may_have_scratch and batches[0].dtype == dtype
-    return GroupedMap(batches, x, channels_last, torch.empty_like(batches[0]) if has_scratch else None)
+    has_scratch = with_scratch and not channels_last and values.dtype == dtype
+    return GroupedMap(values, x, channels_last, torch.empty_like(values) if has_scratch else None)
 
 
 def reduce(x: GroupedMap, with_covariance: bool) -> tuple[Tensor, Tensor]:
@@ -83,28 +75,29 @@ def reduce(x: GroupedMap, with_covariance: bool) -> tuple[Tensor, Tensor]:
         m, (N, G, d), and the scatter S = (x - m)(x - m)^T, (N, G, d, d), or without covariance its diagonal, (N, G, d),
         divided by ``SCATTER_UNIT``.
     """
-    moments = [_moments(values, x, with_covariance) for values in x.batches]
-    means, scatter = zip(*moments)
-    return _joined(means, x), _joined(scatter, x)
-
-
-def _moments(values: Tensor, x: GroupedMap, with_covariance: bool) -> tuple[Tensor, Tensor]:
-    """Return what ``reduce`` does for one batch of a map: (B, d), and (B, d, d) or (B, d)."""
+    values, length = x.values, x.values.shape[2]
     if values.element_size() == 2:
         means = values.mean(2, dtype=torch.float32)
         if with_covariance:
-            scatter = torch.bmm(values, values.mT, out_dtype=torch.float32)
-            one, all_positions = 1 / SCATTER_UNIT, values.shape[2] / SCATTER_UNIT
-            return means, torch.baddbmm(scatter, means[:, :, None], means[:, None], beta=one, alpha=-all_positions)
-        root = torch.linalg.vector_norm(values, dim=2, dtype=torch.float32) / ROOT_UNIT
-        return means, torch.addcmul(root.square(), means, means, value=-values.shape[2] / SCATTER_UNIT).clamp_(min=0)
-    means = values.mean(2)
-    centered = torch.add(means[..., None] / -ROOT_UNIT, values, alpha=1 / ROOT_UNIT, out=x.scratch)
-    if with_covariance:
-        return means, torch.bmm(centered, centered.mT)
-    if x.channels_last:  # torch is slow at a norm over positions that are not side by side
-        return means, centered.square_().sum(2)
-    return means, torch.linalg.vector_norm(centered, dim=2).square()
+            squares, left, right = _sum_of_products(values, values) / SCATTER_UNIT, means[:, :, None], means[:, None]
+        else:
+            root = torch.linalg.vector_norm(values, dim=2, dtype=torch.float32) / ROOT_UNIT
+            squares, left, right = root.square(), means, means
+        scatter = torch.addcmul(squares, left, right, value=-length / SCATTER_UNIT)
+        scatter = scatter if with_covariance else scatter.clamp_(min=0)
+    elif values.is_cuda and not with_covariance:  # one read; on a CPU it takes ten times as long
+        variance, means = torch.var_mean(values, 2, correction=0)
+        scatter = variance * (length / SCATTER_UNIT)
+    else:
+        means = values.mean(2)
+        centered = torch.add(means[..., None] / -ROOT_UNIT, values, alpha=1 / ROOT_UNIT, out=x.scratch)
+        if with_covariance:
+            scatter = torch.bmm(centered, centered.mT)
+        elif x.channels_last:  # torch is slow at a norm over positions that are not side by side
+            scatter = centered.square_().sum(2)
+        else:
+            scatter = torch.linalg.vector_norm(centered, dim=2).square()
+    return _by_sample(means, x), _by_sample(scatter, x)
 
 
 def apply(
@@ -119,9 +112,7 @@ def apply(
         residual: The shortcut, of the shape of the map, or None.
         relu: Whether ReLU comes last.
     """
-    parts = zip(_parts(matrix, x), x.batches, _parts(constant, x))
-    buffer = _product_buffer(x)
-    out = _as_map((_multiply(m, values, c, x, buffer) for m, values, c in parts), x)
+    out = _as_map(_product(matrix, x.values, constant, x), x)
     if residual is not None:
         out += residual
     return out.relu_() if relu else out
@@ -143,12 +134,10 @@ def reduce_backward(
         dy prepared for ``apply_backward``.
     """
     dy_map = grad if out is None else torch.ops.aten.threshold_backward(grad, out, 0)
-    dy = group(dy_map, x.batches[0].shape[1], x.batches[0].dtype, x.channels_last)
-    d_matrix = _joined([_sum_of_products(a, b) for a, b in zip(dy.batches, x.batches)], x)
-    d_constant = None
-    if with_constant:
-        d_constant = _joined([values.sum(2, dtype=d_matrix.dtype) for values in dy.batches], x)
-    return d_matrix, d_constant, dy_map, dy
+    dy = group(dy_map, x.values.shape[1], x.values.dtype, x.channels_last)
+    d_matrix = _sum_of_products(dy.values, x.values)
+    d_constant = _by_sample(dy.values.sum(2, dtype=d_matrix.dtype), x) if with_constant else None
+    return _by_sample(d_matrix, x), d_constant, dy_map, dy
 
 
 def apply_backward(dy: GroupedMap, x: GroupedMap, matrix: Tensor, k_matrix: Tensor, k_vector: Tensor) -> Tensor:
@@ -161,124 +150,67 @@ def apply_backward(dy: GroupedMap, x: GroupedMap, matrix: Tensor, k_matrix: Tens
         k_matrix: K, (N, G, d, d), symmetric, or where it is diagonal its diagonal, (N, G, d).
         k_vector: k, (N, G, d).
     """
-    buffer = _product_buffer(x)
-    parts = zip(_parts(matrix.mT, x), dy.batches, _parts(k_vector, x), _parts(k_matrix, x), x.batches)
-    products = (
-        _add_product(ks, values, _multiply(m, dy_values, k, x, buffer, sign=-1), x)
-        for m, dy_values, k, ks, values in parts
-    )
-    return _as_map(products, x)
-
-
-def _add_product(k_matrix: Tensor, values: Tensor, dx: Tensor, x: GroupedMap) -> Tensor:
-    """Add K x, of one batch of a map, to ``dx``, (B, d, L), and return it."""
-    k_matrix = k_matrix.to(dx.dtype)
+    dx = _product(matrix.mT, dy.values, k_vector, x, sign=-1)
+    k_matrix = k_matrix.flatten(0, 1).to(dx.dtype)
     if k_matrix.dim() == 2:
-        return dx.addcmul_(k_matrix[..., None], values)
-    if x.channels_last:
-        dx.mT.baddbmm_(values.mT, k_matrix)
-        return dx
-    return dx.baddbmm_(k_matrix, values)
+        dx.addcmul_(k_matrix[..., None], x.values)
+    elif x.channels_last:
+        dx.mT.baddbmm_(x.values.mT, k_matrix)
+    else:
+        dx.baddbmm_(k_matrix, x.values)
+    return _as_map(dx, x)
 
 
-def _multiply(
-    matrix: Tensor,
-    values: Tensor,
-    constant: Optional[Tensor],
-    x: GroupedMap,
-    out: Optional[Tensor] = None,
-    sign: int = 1,
-) -> Tensor:
-    """Return M x + sign c for one batch of a map, (B, d, L), in ``out`` if given.
+def _product(matrix: Tensor, values: Tensor, constant: Optional[Tensor], x: GroupedMap, sign: int = 1) -> Tensor:
+    """Return M v + sign c, (N G, d, L).
 
     Of a channels_last map the transpose is contiguous: torch would multiply group by group into strides, which takes
     longer than a copy of the product does.
     """
-    left, right = matrix.to(values.dtype), values
+    left, right = matrix.flatten(0, 1).to(values.dtype), values
     if constant is not None:
-        constant = constant[..., None].to(right.dtype)
+        constant = constant.flatten(0, 1)[..., None].to(values.dtype)
     if x.channels_last:
         left, right, constant = right.mT, left.mT, None if constant is None else constant.mT
     if constant is None or right.is_cuda:  # baddbmm would write the constant out in full first
-        product = torch.bmm(left, right, out=out)
+        product = torch.bmm(left, right, out=x.scratch)
         if constant is not None:
             product.add_(constant, alpha=sign)
     else:
-        product = torch.baddbmm(constant, left, right, beta=sign, out=out)
+        product = torch.baddbmm(constant, left, right, beta=sign, out=x.scratch)
     return product.mT if x.channels_last else product
-
-
-def _product_buffer(x: GroupedMap) -> Optional[Tensor]:
-    """Return where the product of each batch goes, in turn; None where torch allocates it.
-
-    A channels_last map that is read by its strides has one buffer for all samples, (G, L, d): fresh memory for each
-    would cost more than the product.
-    """
-    if not (x.channels_last and _reads_by_strides(x.map)):
-        return None if x.channels_last else x.scratch
-    memory = torch.empty_like(x.batches[0]) if x.scratch is None else x.scratch
-    return memory.permute(2, 0, 1).view(memory.mT.shape)
 
 
 def _sum_of_products(left: Tensor, right: Tensor) -> Tensor:
     """Return left right^T, summed over positions in float32 at least."""
-    if left.element_size() == 2:
+    if left.element_size() > 2:
+        return torch.bmm(left, right.mT)
+    if _bmm_sums_in_float32(left.device, left.dtype):
         return torch.bmm(left, right.mT, out_dtype=torch.float32)
-    return torch.bmm(left, right.mT)
+    converted = left.float()
+    return torch.bmm(converted, (converted if right is left else right.float()).mT)
 
 
+@torch.compiler.assume_constant_result
 @functools.lru_cache(maxsize=None)
-def _bmm_sums_in_float32() -> bool:
-    """Return whether torch multiplies 16-bit matrices into float32 ones on CUDA."""
-    matrix = torch.ones(1, 8, 8, dtype=torch.bfloat16, device='cuda')
+def _bmm_sums_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether torch multiplies 16-bit matrices into float32 ones on a device: on CUDA since torch 2.8."""
+    matrix = torch.ones(1, 8, 8, dtype=dtype, device=device)
     try:
         return torch.bmm(matrix, matrix, out_dtype=torch.float32).dtype == torch.float32
     except (TypeError, RuntimeError):
         return False
 
 
-def _is_channels_last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+def _by_sample(tensor: Tensor, x: GroupedMap) -> Tensor:
+    """Return what was computed of each matrix of a map, (N G, ...), as (N, G, ...)."""
+    return tensor.view(x.map.shape[0], -1, *tensor.shape[1:])
 
 
-def _reads_by_strides(x: Tensor) -> bool:
-    """Return whether a channels_last map is read by its strides, sample by sample, or copied to one batch.
-
-    A GPU would start a kernel for each sample, and a graph would hold operations for each.
-    """
-    if x.device.type != 'cpu' or precision.is_tracing() or compat.is_compiling():
-        return False
-    return x.numel() >= LEAST_SAMPLE * x.shape[0]
-
-
-def _by_groups(x: Tensor, group_size: int) -> Tensor:
-    """View (N, C, H, W), contiguous or channels_last, as (N, G, d, L)."""
-    return x.flatten(2).unflatten(1, (-1, group_size))
-
-
-def _parts(tensor: Optional[Tensor], x: GroupedMap) -> Sequence[Optional[Tensor]]:
-    """Return small matrices, (N, G, ...), as the batches of a map are: (N G, ...), or N of (G, ...)."""
-    if tensor is None:
-        return (None,) * len(x.batches)
-    whole = tensor.flatten(0, 1)
-    return (whole,) if len(x.batches) == 1 else whole.chunk(len(x.batches))  # ONNX cannot split into one
-
-
-def _joined(parts: Sequence[Tensor], x: GroupedMap) -> Tensor:
-    """Return what was computed of each batch of a map as one tensor, (N, G, ...)."""
-    whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return whole.unflatten(0, (x.map.shape[0], -1))
-
-
-def _as_map(batches: Iterable[Tensor], like: GroupedMap) -> Tensor:
-    """Return batches of (d, L) matrices in the shape, dtype and memory format of a map."""
+def _as_map(values: Tensor, like: GroupedMap) -> Tensor:
+    """Return (N G, d, L) matrices in the shape, dtype and memory format of a map."""
+    (n, c, h, w), (_, d, length) = like.map.shape, values.shape
     if not like.channels_last:
-        (values,) = batches
-        return values.view(like.map.shape).to(like.map.dtype)
-    out = torch.empty_like(like.map)
-    groups = _by_groups(out, like.batches[0].shape[1])
-    # one of several views could not be changed in place while tracing
-    targets = (groups,) if len(like.batches) == 1 else groups.split(1)
-    for target, values in zip(targets, batches):
-        target.copy_(values.view_as(target))
-    return out
+        return values.view(n, c, h, w).to(like.map.dtype)
+    by_position = values.mT.to(like.map.dtype).view(n, -1, length, d).transpose(1, 2)
+    return by_position.reshape(n, h, w, c).permute(0, 3, 1, 2)

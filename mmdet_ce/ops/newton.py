@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .precision import add_matmul, matmul
 from .records import Saved
 
 
@@ -29,26 +30,19 @@ def whitening_backward(saved: Saved, num_iterations: int, d_whitening: Tensor) -
 
 
 def inverse_sqrt_newton(normalized: Tensor, num_iterations: int) -> Tensor:
-    """Approximate the inverse square root of a covariance of trace 1.
+    """Return P_T, (G, d, d), which approximates the inverse square root of Sigma_N, a covariance of trace 1.
 
     The paper iterates P <- 1.5 P - 0.5 P^3 Sigma_N from P = I. Here Y = P Sigma_N is carried along (the coupled
     Newton-Schulz form): the same P in exact arithmetic, but stable, where the single form diverges in float32 after
     some ten steps on an ill-conditioned covariance. The number of steps belongs to the model: after T = 3 the
     iteration is far from converged, and a checkpoint must run with the T that it was trained with.
-
-    Args:
-        normalized: Sigma_N = Sigma / trace(Sigma), (G, d, d), symmetric positive definite.
-        num_iterations: Newton steps T, at least 1.
-
-    Returns:
-        P_T, (G, d, d).
     """
     identity, y = eye(normalized), normalized  # P_0 and Y_0 = P_0 Sigma_N
     step = p = torch.lerp(identity, y, -0.5)  # 1.5 I - 0.5 Sigma_N, the first step from P_0 = I
     for _ in range(num_iterations - 1):
-        y = y @ step
-        step = torch.baddbmm(identity, p, y, beta=1.5, alpha=-0.5)
-        p = step @ p
+        y = matmul(y, step)
+        step = add_matmul(identity, p, y, beta=1.5, alpha=-0.5)
+        p = matmul(step, p)
     return p
 
 

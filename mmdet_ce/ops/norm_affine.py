@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from typing import Optional
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from .precision import matmul
 from .records import Inputs, Saved
-
-
-class EvalNorm(NamedTuple):
-    """What a BatchNorm in evaluation computes with."""
-
-    running_mean: Tensor  # (C,)
-    running_var: Tensor  # (C,)
-    weight: Optional[Tensor]  # (C,), or None without affine
-    bias: Optional[Tensor]
-    eps: float
-
-    @classmethod
-    def of(cls, norm: _BatchNorm) -> EvalNorm:
-        """Take them from a BatchNorm."""
-        return cls(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
 
 
 def affine(inputs: Inputs, eps: float, group_size: int) -> tuple[Optional[Tensor], ...]:
@@ -38,7 +23,7 @@ def affine(inputs: Inputs, eps: float, group_size: int) -> tuple[Optional[Tensor
 
 def fold(matrix: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Return what z is multiplied with, (N, G, d, d), and what is added, (N, G, d), for M x."""
-    return matrix * a[:, None, :], (matrix @ b[:, :, None])[..., 0]
+    return matrix * a[:, None, :], matmul(matrix, b[:, :, None])[..., 0]
 
 
 def fold_backward(saved: Saved, d_folded: Tensor, d_constant: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,11 +15,8 @@ The backward pass works the same way, and keeps nothing of the size of x but x a
     dM, dc -> dparameters, dv, dSigma -> K, k     small matrices
     dx = M^T dy + K x - k                         two products; one in evaluation, where K is diagonal
 
-The last line is K_1 (x - mu) + K_2 (x - m): through Sigma with K_1 = 2 dSigma / (N L), a matrix of each group; through
-v with K_2 = 2 diag(dv) / (L - 1), a diagonal of each sample and group.
-
 A norm in evaluation is an affine map x = a z + b, so CE after it is M (a z + b): the moments of x follow from those of
-z, and only z is kept.
+z, and only z is kept. docs/channel_equilibrium.md derives it all.
 """
 
 from __future__ import annotations
@@ -28,11 +25,11 @@ from typing import NamedTuple, Optional
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from .. import compat
 from . import dispatch, precision
-from .norm_affine import EvalNorm
 from .records import Coefficients, Inputs, Options
 
 
@@ -59,7 +56,7 @@ def channel_equilibrium(
     running_whitening: Optional[Tensor] = None,
     running_scale: Optional[Tensor] = None,
     alpha: Optional[Tensor] = None,
-    norm: Optional[EvalNorm] = None,
+    norm: Optional[nn.BatchNorm2d] = None,
     residual: Optional[Tensor] = None,
     relu: bool = False,
     process_group: Optional[dist.ProcessGroup] = None,
@@ -83,7 +80,7 @@ def channel_equilibrium(
         running_whitening: (G, d, d), P_T of the evaluation form.
         running_scale: (1,), s of the evaluation form.
         alpha: (1,), the share of CE in the output, the rest being the input; None for CE alone.
-        norm: The norm in evaluation before CE, folded into M.
+        norm: The norm before CE, in evaluation, folded into M.
         residual: The shortcut of a residual block, added to the output; of the shape of ``x``.
         relu: Whether ReLU comes last, as in a residual block.
         process_group: The processes whose samples together are the batch of the training form, as in SyncBN; None for
@@ -94,19 +91,13 @@ def channel_equilibrium(
         with, constants.
     """
     training = running_whitening is None or running_scale is None
-    double = precision.needs_float64(num_iterations, training)
-    options = Options(
-        group_size,
-        num_iterations,
-        eps,
-        norm_eps=0.0 if norm is None else norm.eps,
-        running=None if training else (running_whitening, running_scale),
-        process_group=process_group if training else None,
-        map_dtype=precision.map_dtype(x, double),
-        dtype=precision.small_dtype(x, double),
-    )
-    inputs = Inputs(*(norm or (None,) * 4)[:4], alpha, theta, fc1_weight, ln_weight, ln_bias, fc2_weight)
-    with precision.no_autocast(x):
+    group, running = (process_group, None) if training else (None, (running_whitening, running_scale))
+    dtype = precision.dtype_of(x, num_iterations if training else 0)
+    norm_eps = 0.0 if norm is None else norm.eps
+    options = Options(group_size, num_iterations, eps, norm_eps, running, group, map_dtype=dtype, dtype=dtype)
+    of_norm = (None,) * 4 if norm is None else (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    inputs = Inputs(*of_norm, alpha, theta, fc1_weight, ln_weight, ln_bias, fc2_weight)
+    with compat.without_autocast(x.device.type):
         form = dispatch.choose(x, residual, relu, inputs, options)
         if precision.is_tracing():  # the same, in operations that a trace records
             out, c, _ = _forward(x, residual, relu, form, options, inputs)
@@ -159,7 +150,7 @@ class _ChannelEquilibrium(torch.autograd.Function):
         inputs, saved = Inputs(*tensors[: ctx.num_inputs]), tuple(tensors[ctx.num_inputs :])
         maps, coefficients = ctx.form
         grad = torch.zeros_like(x) if grad is None else grad  # another process may wait for this one's sums
-        with precision.no_autocast(x):
+        with compat.without_autocast(x.device.type):
             z = maps.group(x, ctx.options.group_size, ctx.options.map_dtype, ctx.channels_last)
             has_norm = inputs.norm_running_mean is not None
             d_matrix, d_constant, d_residual, dy = maps.reduce_backward(grad, z, out, has_norm)

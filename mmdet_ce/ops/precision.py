@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
 
@@ -12,23 +10,10 @@ from .. import compat
 MAX_FLOAT32_ITERATIONS = 8
 
 
-def no_autocast(x: Tensor) -> AbstractContextManager:
-    """Return a context in which operations on ``x`` keep their dtype."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if compat.is_autocast_enabled(device) else nullcontext()
-
-
-def is_exporting() -> bool:
-    """Return whether torch.export is tracing, and not torch.compile.
-
-    Some versions of torch.compiler.is_exporting are true for both, and torch 2.6 has none.
-    """
-    return compat.is_compiling() and not compat.is_dynamo_compiling()
-
-
 def is_tracing() -> bool:
-    """Return whether torch.jit.trace or torch.export records what is computed."""
-    return torch.jit.is_tracing() or is_exporting()
+    """Return whether torch.jit.trace or torch.export records what is computed; torch.compile does not count."""
+    # Some versions of torch.compiler.is_exporting are true for torch.compile too, and torch 2.6 has none
+    return torch.jit.is_tracing() or (compat.is_compiling() and not compat.is_dynamo_compiling())
 
 
 def in_backward_pass() -> bool:
@@ -36,29 +21,40 @@ def in_backward_pass() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def needs_float64(num_iterations: int, training: bool) -> bool:
-    """Return whether the iteration takes more steps than float32 is exact enough for.
+def dtype_of(x: Tensor, num_iterations: int) -> torch.dtype:
+    """Return the dtype to compute in: float32 at least, and float64 where the iteration takes many steps.
 
     In a direction without variance P grows by half with every step, and the effect of a rounding error of Sigma with
     its square: float32 has lost all digits there after twenty steps, and P is not finite after thirty.
     """
-    return training and num_iterations > MAX_FLOAT32_ITERATIONS
+    return torch.promote_types(x.dtype, torch.float64 if num_iterations > MAX_FLOAT32_ITERATIONS else torch.float32)
 
 
-def map_dtype(x: Tensor, double: bool) -> torch.dtype:
-    """Return the dtype that the passes over the map compute in: float32 at least."""
-    return torch.promote_types(x.dtype, torch.float64 if double else torch.float32)
+def stays_16_bit(x: Tensor) -> bool:
+    """Return whether the passes take a map as it is: a 16-bit one on CUDA, whose products are summed in float32."""
+    return x.is_cuda and x.element_size() == 2
 
 
-def small_dtype(x: Tensor, double: bool) -> torch.dtype:
-    """Return the dtype of the small matrices: float32 at least, and products of IEEE precision.
+def multiplies_in_tf32(x: Tensor) -> bool:
+    """Return whether a product of float32 tensors like ``x`` may be rounded to TF32, as the user can allow on CUDA."""
+    return x.is_cuda and compat.is_tf32_allowed()
 
-    Where the user lets CUDA multiply float32 in TF32, float64 is taken, which no switch reaches: TF32 in the iteration
-    and the gate would cost 1e-3 (T = 3) to 3e-2 (T = 8) of the output.
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Return the product of small matrices in IEEE precision, also where the user lets CUDA multiply in TF32.
+
+    TF32 in the iteration and the gate would cost 1e-3 (T = 3) to 3e-2 (T = 8) of the output.
     """
-    return torch.promote_types(
-        x.dtype, torch.float64 if double or (x.is_cuda and compat.is_tf32_allowed()) else torch.float32
-    )
+    if multiplies_in_tf32(a):
+        return (a[..., None] * b[..., None, :, :]).sum(-2)
+    return a @ b
+
+
+def add_matmul(added: Tensor, a: Tensor, b: Tensor, *, beta: float, alpha: float) -> Tensor:
+    """Return beta added + alpha a b, as ``matmul`` computes it."""
+    if multiplies_in_tf32(a):
+        return torch.add(beta * added, matmul(a, b), alpha=alpha)
+    return torch.baddbmm(added, a, b, beta=beta, alpha=alpha)
 
 
 def rounding_variance(dtype: torch.dtype) -> float:

@@ -39,24 +39,7 @@ def channel_equilibrium_reference(
 ) -> ReferenceOutput:
     """Apply Channel Equilibrium to ``x``, equation by equation as in the paper.
 
-    Training form unless both running values are given. Differentiable, in the dtype of ``x`` (use float64).
-
-    Args:
-        x: (N, C, H, W), the output of a normalization layer.
-        theta: (1,), lambda is its sigmoid.
-        fc1_weight: (C / r, C), W1 of the gate.
-        ln_weight: (C / r,), LayerNorm's scale.
-        ln_bias: (C / r,), LayerNorm's shift.
-        fc2_weight: (C, C / r), W2 of the gate.
-        group_size: Channels d of a decorrelation group; divides C.
-        num_iterations: Newton steps T.
-        eps: Ridge added to the covariance.
-        running_whitening: (G, d, d), P_T of the evaluation form.
-        running_scale: (1,), s of the evaluation form.
-        alpha: (1,), the share of CE in the output, the rest being the input; None for CE alone.
-
-    Returns:
-        The output and the statistics it was computed with.
+    Arguments and results are those of ``channel_equilibrium``. Differentiable, in the dtype of ``x`` (use float64).
     """
     n, c, h, w = x.shape
     d, length = group_size, h * w

@@ -20,7 +20,8 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor
 
-from . import coefficients, maps, precision
+from .. import compat
+from . import coefficients, maps
 from .records import Inputs, Options
 
 # Of the largest magnitude: of the maps, and of the statistics and the gradients of parameters.
@@ -38,7 +39,7 @@ def verdict(signature: tuple, triton_form: Callable, *layer: Any) -> Optional[st
             return None
     _announce()
     try:
-        with torch.no_grad(), precision.no_autocast(layer[0]):
+        with torch.no_grad(), compat.without_autocast(layer[0].device.type):
             reason = _disagreement(triton_form, *layer)
     except Exception as error:  # no compiler, no Python.h, no cache folder, too little shared memory, an old driver
         lines = str(error).strip().splitlines() or ['']

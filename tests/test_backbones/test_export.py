@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import io
-from collections import Counter
 
 import pytest
 import torch
 from mmdet.registry import MODELS
 from utils import assert_agree, needs, randomize
 
-from mmdet_ce.ops.precision import is_exporting
+from mmdet_ce.ops.precision import is_tracing
 
 pytestmark = [needs('torch.export and export to ONNX'), pytest.mark.xdist_group('export')]  # one worker, one export
 
@@ -49,22 +48,14 @@ def family():
 
 
 @pytest.fixture(scope='module')
-def num_ce(family):
-    return sum(len(list(backbone.named_ce())) for backbone in family.backbones)
-
-
-@pytest.fixture(scope='module')
 def program(family):
     free = torch.export.Dim.DYNAMIC
     return torch.export.export(family, (torch.zeros(2, 3, 64, 96),), dynamic_shapes=({0: free, 2: free, 3: free},))
 
 
 @pytest.mark.slow
-def test_torch_export(program, family, num_ce):
-    """Saved and loaded; plain operations, with one batched product for each CE layer, and so no Newton iteration."""
-    counts = Counter(str(node.target) for node in program.graph.nodes)
-    assert num_ce == 5 and counts['aten.bmm.default'] == num_ce
-    assert not any('baddbmm' in name or 'matmul' in name or 'wrap' in name or '.out' in name for name in counts)
+def test_torch_export(program, family):
+    """Saved and loaded, and run at another size."""
     file = io.BytesIO()
     torch.export.save(program, file)
     file.seek(0)
@@ -75,21 +66,26 @@ def test_torch_export(program, family, num_ce):
             assert_agree(a, b, 1e-5)
 
 
-@pytest.mark.slow
-def test_onnx(program, family, num_ce):
-    import export_onnx  # needs packages that an older torch has no use for
+SIZES = [(1, 3, 64, 96), (3, 3, 51, 37), (1, 3, 4, 4)]  # the last: levels of a single position
 
+
+def largest_difference(model: bytes, family: torch.nn.Module, x: torch.Tensor) -> float:
+    """Return how far onnxruntime is from torch, of the largest magnitude."""
+    onnxruntime = pytest.importorskip('onnxruntime')
+    session = onnxruntime.InferenceSession(model, providers=['CPUExecutionProvider'])
+    with torch.no_grad():
+        pairs = zip(session.run(None, {'images': x.numpy()}), family(x))
+    return max(((torch.from_numpy(a) - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+
+
+@pytest.mark.slow
+def test_onnx(program, family):
+    pytest.importorskip('onnxscript')
     model = torch.onnx.export(program, dynamo=True, verbose=False, input_names=['images']).model_proto
-    session = export_onnx.session(model.SerializeToString())
-    for shape in [(1, 3, 64, 96), (3, 3, 51, 37), (1, 3, 4, 4)]:  # the last: levels of a single position
-        assert export_onnx.largest_difference(family, session, shape) < 1e-4
-    counts = Counter(node.op_type for node in model.graph.node)
-    assert counts['MatMul'] == counts['Sigmoid'] == num_ce and counts['Gemm'] == 2 * num_ce
-    rectified = {node.output[0] for node in model.graph.node if node.op_type == 'Relu'}
-    readers = {node.op_type for node in model.graph.node if node.input[0] in rectified}
-    assert 'Conv' in readers and 'Reshape' not in readers, 'no detour between the blocks'
+    for shape in SIZES:
+        assert largest_difference(model.SerializeToString(), family, torch.randn(shape)) < 1e-4
 
 
 def test_compiling_is_no_export():
-    compiled = torch.compile(lambda x: x + is_exporting(), fullgraph=True, backend='eager')
-    assert compiled(torch.zeros(1)) == 0 and not is_exporting()
+    compiled = torch.compile(lambda x: x + is_tracing(), fullgraph=True, backend='eager')
+    assert compiled(torch.zeros(1)) == 0 and not is_tracing()

@@ -197,10 +197,7 @@ def test_autocast_keeps_statistics_in_float32(dtype, scale):
         assert torch.equal(a, b), name
 
 
-@pytest.mark.parametrize(
-    'dtype',
-    [pytest.param(torch.float16, marks=needs('training of a float16 CE layer on a CPU')), torch.bfloat16],
-)
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize('training', [True, False])
 def test_a_module_of_low_precision_computes_in_float32(dtype, training):
     ce = randomize(ChannelEquilibrium(32)).to(dtype).train(training)

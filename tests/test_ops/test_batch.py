@@ -6,10 +6,10 @@ import pytest
 import torch
 from utils import assert_agree
 
-from mmdet_ce.ops.batch import batch_statistics, covariance_backward, scale_backward
+from mmdet_ce.ops.batch import batch_scale, batch_scale_backward, batch_statistics
+from mmdet_ce.ops.coefficients import through_statistics
 from mmdet_ce.ops.maps import SCATTER_UNIT
-from mmdet_ce.ops.norm_affine import Unfolded
-from mmdet_ce.ops.processes import OneProcess
+from mmdet_ce.ops.records import Options, Saved
 
 LENGTH = 15
 
@@ -21,9 +21,13 @@ def moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return means, centered @ centered.mT / SCATTER_UNIT, x.var(3)
 
 
-def statistics_of(x: torch.Tensor):
+def statistics_of(x: torch.Tensor) -> Saved:
+    """Return mean and covariance of the batch, and s."""
     means, scatter, variance = moments(x)
-    return batch_statistics(means, scatter, LENGTH, variance, Unfolded(), OneProcess(), x.dtype)
+    options = Options(4, 3, 1e-5, 0.0, None, None, x.dtype, x.dtype)
+    _, _, mean, covariance, mean_variance, rounding = batch_statistics(means, scatter, LENGTH, means, variance, options)
+    lacks_variance, scale = batch_scale(mean_variance, rounding, x.dtype)
+    return Saved(sample_means=means, z_mean=mean, z_covariance=covariance, lacks_variance=lacks_variance, scale=scale)
 
 
 def test_the_equations():
@@ -43,20 +47,18 @@ def test_a_batch_without_variance_has_scale_one(dtype):
         statistics = statistics_of(x.to(dtype))
         assert statistics.scale.item() == 1 and statistics.lacks_variance.item()
         d_variance = torch.randn(3, 8, dtype=dtype)
-        assert torch.equal(scale_backward(statistics, d_variance, torch.ones(1, dtype=dtype)), d_variance)
+        assert torch.equal(batch_scale_backward(statistics, d_variance, torch.ones(1, dtype=dtype)), d_variance)
 
 
 def test_backward_is_the_gradient():
-    """With respect to the map: dx = K (x - mu), and through every variance alike."""
+    """With respect to the map: dx = K x - k, through the covariance and through every variance."""
     x = torch.randn(3, 2, 4, LENGTH, dtype=torch.float64, requires_grad=True)
     statistics = statistics_of(x)
     grad = torch.randn(2, 4, 4, dtype=torch.float64)
     grad = grad + grad.mT
-    (expected,) = torch.autograd.grad(statistics.z_covariance, x, grad, retain_graph=True)
-    slope, offset = covariance_backward(statistics, grad)
-    assert_agree((slope @ x - offset[..., None]).detach(), expected, 1e-12)
-    centered = x - x.mean(3, keepdim=True)
-    (expected,) = torch.autograd.grad(statistics.scale, x)
-    # with respect to log(1 / s): -s times that to s
-    gained = scale_backward(statistics, torch.zeros(3, 8, dtype=torch.float64), -statistics.scale)
-    assert_agree((gained.view(3, 2, 4, 1) * 2 / (LENGTH - 1) * centered).detach(), expected, 1e-12)
+    one = torch.ones(1, dtype=torch.float64)
+    expected = torch.autograd.grad([statistics.z_covariance, statistics.scale.log()], x, [grad, one])
+    statistics = Saved(*(None if t is None else t.detach() for t in statistics))
+    d_variance = batch_scale_backward(statistics, torch.zeros(3, 8, dtype=torch.float64), -one)
+    k_matrix, k_vector = through_statistics(statistics, LENGTH, d_variance.view(3, 2, 4), grad)
+    assert_agree(k_matrix @ x.detach() - k_vector[..., None], expected[0], 1e-12)

@@ -8,6 +8,7 @@ from utils import assert_agree
 
 from mmdet_ce.ops import inverse_sqrt_newton
 from mmdet_ce.ops.newton import inverse_sqrt_newton_derivative, whitening, whitening_backward
+from mmdet_ce.ops.records import Saved
 
 
 def covariance(d: int, condition: float, dtype: torch.dtype) -> torch.Tensor:
@@ -56,10 +57,10 @@ def test_converges_to_the_inverse_square_root():
 def test_whitening_backward_is_the_gradient(num_iterations):
     root = torch.randn(2, 6, 6, dtype=torch.float64)
     sigma = (root @ root.mT).requires_grad_()
-    state = whitening(sigma, 1e-3, num_iterations)
+    trace, normalized, p = whitening(sigma, 1e-3, num_iterations)
     grad = torch.randn(2, 6, 6, dtype=torch.float64)
-    (expected,) = torch.autograd.grad(state.whitening, sigma, grad)
-    actual = whitening_backward(state.trace.detach(), state.normalized.detach(), num_iterations, grad)
+    (expected,) = torch.autograd.grad(p, sigma, grad)
+    actual = whitening_backward(Saved(trace=trace.detach(), normalized=normalized.detach()), num_iterations, grad)
     assert_agree(actual, 0.5 * (expected + expected.mT), 1e-11)
 
 

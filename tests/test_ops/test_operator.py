@@ -10,7 +10,7 @@ from torch import nn
 from utils import assert_agree, randomize
 
 from mmdet_ce import ChannelEquilibrium
-from mmdet_ce.ops import channel_equilibrium, channel_equilibrium_reference, maps
+from mmdet_ce.ops import channel_equilibrium, channel_equilibrium_reference
 
 
 def norm_and_ce(dtype=torch.float64, affine=True, **kwargs):
@@ -59,10 +59,8 @@ def test_folded_norm_equals_norm_then_ce(training, affine, identity_start):
 @pytest.mark.parametrize('training', [True, False])
 @pytest.mark.parametrize('num_channels', [8, 32])
 @pytest.mark.parametrize('samples', [1, 3])
-@pytest.mark.parametrize('least_sample', [1, maps.LEAST_SAMPLE])  # channels_last is read by strides, or copied
-def test_memory_formats_agree(training, num_channels, samples, least_sample, monkeypatch):
+def test_memory_formats_agree(training, num_channels, samples):
     """Output, gradients and running values, with a gradient of either format; and the format is kept."""
-    monkeypatch.setattr(maps, 'LEAST_SAMPLE', least_sample)
     norm, ce = norm_and_ce(num_channels=num_channels)
     ce.train(training)
     x = torch.randn(samples, 32, 5, 7, dtype=torch.float64)
@@ -247,3 +245,14 @@ def test_adversarial_statistics(make, scale):
             expected = run(double, x.double(), double)
             assert_agree(results[0], expected[0], 1e-5, f'out, T = {num_iterations}')
             assert_agree(results[1], expected[1], 1e-4, f'grad_x, T = {num_iterations}')
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('folded', [True, False])
+def test_nothing_comes_from_the_host(training, folded):
+    """On the meta device an operation with a CPU tensor is an error."""
+    norm = torch.nn.BatchNorm2d(32).eval().to('meta')
+    ce = ChannelEquilibrium(32, identity_start=True).train(training).to('meta')
+    x = torch.zeros(2, 32, 8, 8, device='meta', requires_grad=True)
+    ce(x, norm if folded else None, x * 2, relu=True).sum().backward()
+    assert x.grad.is_meta and all(p.grad.is_meta for p in ce.parameters())

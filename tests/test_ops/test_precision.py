@@ -6,10 +6,12 @@ import copy
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from utils import randomize, reference
 
-from mmdet_ce import ChannelEquilibrium, compat
+from mmdet_ce import ChannelEquilibrium
+from mmdet_ce.compat import TORCH
 from mmdet_ce.ops import precision
 
 
@@ -36,6 +38,20 @@ class TF32(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Dtypes(TorchDispatchMode):
+    """Note the dtypes of all results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        results = result if isinstance(result, (tuple, list)) else [result]
+        self.seen |= {t.dtype for t in results if isinstance(t, torch.Tensor)}
+        return result
+
+
 def test_the_emulation_rounds():
     x = torch.tensor([1 + 2.0**-10, 1 + 2.0**-11, 1 + 3 * 2.0**-11, -1 - 2.0**-12])
     assert rounded_to_tf32(x).tolist() == [1 + 2.0**-10, 1.0, 1 + 2.0**-9, -1.0]
@@ -60,30 +76,46 @@ def errors(num_iterations: int) -> tuple[float, float, int]:
     return error(out, expected.out), error(whitening, expected.whitening), products.count
 
 
+@pytest.fixture
+def tf32_allowed(monkeypatch):
+    """Let the operator take a CPU's tensors for those of a GPU whose user has allowed TF32."""
+    monkeypatch.setattr(precision, 'multiplies_in_tf32', lambda x: True)
+
+
 @pytest.mark.parametrize('num_iterations', [3, 8])
-def test_small_matrices_are_exact_while_a_map_is_multiplied_in_tf32(monkeypatch, num_iterations):
-    monkeypatch.setattr(precision, 'small_dtype', lambda x, double: torch.float64)  # as on CUDA with the switch on
+def test_small_matrices_are_exact_while_a_map_is_multiplied_in_tf32(num_iterations, tf32_allowed):
     out, whitening, count = errors(num_iterations)
     assert count == 5  # S, y, dM and the two terms of dx
     assert whitening < 5e-5 and out < 2e-3, (whitening, out)
 
 
 def test_in_the_small_matrices_it_would_cost_digits():
-    """The same in float32 that TF32 reaches: what the rule above is for."""
+    """The same where TF32 reaches them: what the rule above is for."""
     assert errors(3)[1] > 3e-4 and errors(8)[1] > 3e-4
 
 
+@pytest.mark.parametrize('training', [True, False])
+def test_no_float64_is_needed_for_it(training, tf32_allowed):
+    """Some devices have none, and on others it is slow."""
+    ce = randomize(ChannelEquilibrium(32)).train(training)
+    with Dtypes() as dtypes:
+        ce(torch.randn(2, 32, 8, 8, requires_grad=True)).sum().backward()
+    assert torch.float64 not in dtypes.seen
+
+
+@pytest.mark.skipif(TORCH < (2, 6), reason='an older torch asks the driver even for a fake tensor')
 def test_the_switch_decides_on_cuda_alone():
-    assert compat.is_tf32_allowed() is False
+    with FakeTensorMode():
+        on_cuda = torch.empty(1, device='cuda')
+    assert not precision.multiplies_in_tf32(on_cuda)
     try:
         torch.backends.cuda.matmul.allow_tf32 = True
-        assert compat.is_tf32_allowed() is True
-        assert precision.small_dtype(torch.zeros(1), double=False) == torch.float32
+        assert precision.multiplies_in_tf32(on_cuda) and not precision.multiplies_in_tf32(torch.zeros(1))
     finally:
         torch.backends.cuda.matmul.allow_tf32 = False
 
 
-@pytest.mark.parametrize('num_iterations, training, double', [(8, True, False), (9, True, True), (9, False, False)])
-def test_many_newton_steps_of_a_training_take_float64(num_iterations, training, double):
-    assert precision.needs_float64(num_iterations, training) is double
-    assert precision.map_dtype(torch.zeros(1), double) == (torch.float64 if double else torch.float32)
+def test_many_newton_steps_take_float64():
+    x = torch.zeros(1)
+    assert [precision.dtype_of(x, steps) for steps in (0, 8, 9)] == [torch.float32, torch.float32, torch.float64]
+    assert precision.dtype_of(x.half(), 3) == torch.float32 and precision.dtype_of(x.double(), 3) == torch.float64

@@ -7,24 +7,23 @@ import copy
 import pytest
 import torch
 from torch import nn
-from utils import assert_agree, randomize, reference
+from utils import randomize, reference
 
 from mmdet_ce import ChannelEquilibrium
 from mmdet_ce.ops import channel_equilibrium_reference
-from mmdet_ce.ops.gate import gate
 
-SHAPES = [(3, 32, 6, 6), (1, 16, 160, 160), (16, 128, 3, 3)]  # many positions, many channels: large sums
+SHAPE = (3, 32, 6, 6)
 LEAST_GRADIENT = 1e-25  # of float32's digits, none are left of the smallest gradients
 
 
-def make(scale: float, shape: tuple, folded: bool = False):
+def make(scale: float, folded: bool = False):
     """Return a norm that keeps the scale, or None, a CE layer, a map with means, and a gradient."""
-    norm = randomize(nn.BatchNorm2d(shape[1])).eval()
+    norm = randomize(nn.BatchNorm2d(SHAPE[1])).eval()
     nn.init.zeros_(norm.bias)
     norm.running_mean.mul_(scale)
-    ce = randomize(ChannelEquilibrium(shape[1]), seed=1)
-    x = torch.randn(shape) * (0.5 + torch.rand(1, shape[1], 1, 1)) + torch.randn(1, shape[1], 1, 1)
-    return norm if folded else None, ce, scale * x, torch.randn(shape)
+    ce = randomize(ChannelEquilibrium(SHAPE[1]), seed=1)
+    x = torch.randn(SHAPE) * (0.5 + torch.rand(1, SHAPE[1], 1, 1)) + torch.randn(1, SHAPE[1], 1, 1)
+    return norm if folded else None, ce, scale * x, torch.randn(SHAPE)
 
 
 def run(function, x, grad, *modules) -> dict[str, torch.Tensor]:
@@ -51,7 +50,7 @@ def agree(actual: dict, expected: dict) -> None:
 @pytest.mark.parametrize('training', [True, False])
 @pytest.mark.parametrize('folded', [True, False])
 def test_agrees_with_float64(scale, training, folded):
-    norm, ce, x, grad = make(scale, SHAPES[0], folded)
+    norm, ce, x, grad = make(scale, folded)
     ce.train(training)
     norm64, ce64 = double(norm, ce)
     expected = run(lambda x: reference(ce64, norm64(x)).out, x.double(), grad, norm64, ce64)
@@ -61,32 +60,10 @@ def test_agrees_with_float64(scale, training, folded):
 @pytest.mark.parametrize('scale', [1e-30, 1e-20, 1e-17])
 def test_a_smaller_deviation_counts_as_none(scale):
     """Then s = 1, as for a constant map, where 1 / s and its gradient would leave float32."""
-    _, ce, x, grad = make(scale, SHAPES[0])
+    _, ce, x, grad = make(scale)
     (ce64,) = double(ce)
     whitening = reference(ce64, x.double()).whitening.detach()
     parameters = ce64.theta, *ce64.ir.gate_parameters
     constants = dict(group_size=16, running_whitening=whitening, running_scale=torch.ones(1, dtype=torch.float64))
     expected = run(lambda x: channel_equilibrium_reference(x, *parameters, **constants).out, x.double(), grad, ce64)
     agree(run(ce, x, grad, ce), expected)
-
-
-@pytest.mark.parametrize('scale', [10.0**k for k in range(-30, 19, 6)])
-@pytest.mark.parametrize('training', [True, False])
-@pytest.mark.parametrize('folded', [True, False])
-@pytest.mark.parametrize('shape', SHAPES)
-def test_finite_wherever_batchnorm_is(scale, training, folded, shape):
-    norm, ce, x, grad = make(scale, shape, folded)
-    ce.train(training)
-    batchnorm = nn.BatchNorm2d(shape[1])
-    results = run(lambda x: ce(x, norm), x, grad, ce)
-    for name, tensor in (*run(batchnorm, x, grad).items(), *results.items(), *ce.named_buffers()):
-        assert torch.isfinite(tensor).all(), name
-
-
-def test_ordinary_variances_reach_the_gate_as_they_are():
-    """The unit that keeps large ones from overflow is exactly 1 up to 2**40."""
-    ce = randomize(ChannelEquilibrium(32))
-    variance = 2.0**40 * torch.rand(2, 32)
-    state = gate(variance, ce.ir.gate_parameters)
-    assert torch.equal(state.unit, torch.ones(2, 1)) and torch.equal(state.reduced, variance)
-    assert_agree(gate(1e3 * variance, ce.ir.gate_parameters).gate, state.gate, 1e-5)
