@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
 import pytest
 import torch
 from budgets import Budget
@@ -12,62 +9,41 @@ from torch.utils._python_dispatch import _disable_current_modes
 from utils import randomize
 
 from mmdet_ce import ChannelEquilibrium
-from mmdet_ce.ops import dispatch as kernels
 
-pytestmark = [
-    pytest.mark.kernels,
-    pytest.mark.skipif(
-        not importlib.util.find_spec('triton') or os.environ.get('TRITON_INTERPRET') != '1',
-        reason="needs Triton's interpreter: make test-kernels",
-    ),
-]
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures('interpreter', 'triton_form')]
 MAX_LAUNCHES = 15  # of a layer in training, forward and backward
 
 
 @pytest.fixture
 def counters(monkeypatch):
     """Count launches of kernels, and elements of 16 bits that they load and store: those of maps, and no others."""
-    from triton.runtime.interpreter import InterpreterBuilder
-
-    from mmdet_ce.ops import triton_coefficients, triton_launch, triton_maps
+    from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 
     counts = dict(launches=0, elements=0)
-    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    run = InterpretedFunction.run
 
-    def count(pointers, mask):
-        counts['elements'] += int(mask.data.sum()) * (pointers.get_element_ty().primitive_bitwidth == 16)
-
-    def counted_load(self, pointers, mask, *rest):
-        count(pointers, mask)
-        return load(self, pointers, mask, *rest)
-
-    def counted_store(self, pointers, value, mask, *rest):
-        count(pointers, mask)
-        return store(self, pointers, value, mask, *rest)
-
-    def counted_start(*args, **kwargs):
+    def launch(*args, **kwargs):
         counts['launches'] += 1
         with _disable_current_modes():  # what the interpreter itself does with tensors is no launch
-            triton_launch.start(*args, **kwargs)
+            run(*args, **kwargs)
 
-    monkeypatch.setattr(InterpreterBuilder, 'create_masked_load', counted_load)
-    monkeypatch.setattr(InterpreterBuilder, 'create_masked_store', counted_store)
-    for module in (triton_maps, triton_coefficients):
-        monkeypatch.setattr(module, 'start', counted_start)
-    monkeypatch.setenv(kernels.VARIABLE, 'triton')
-    kernels._triton_on.cache_clear()
-    yield counts
-    kernels._triton_on.cache_clear()
+    def counted(method, mask_index):
+        def move(self, pointers, *args):
+            width = pointers.get_element_ty().primitive_bitwidth
+            counts['elements'] += int(args[mask_index].data.sum()) * (width == 16)
+            return method(self, pointers, *args)
+
+        return move
+
+    monkeypatch.setattr(InterpretedFunction, 'run', launch)
+    for name, mask_index in (('create_masked_load', 0), ('create_masked_store', 1)):
+        monkeypatch.setattr(InterpreterBuilder, name, counted(getattr(InterpreterBuilder, name), mask_index))
+    return counts
 
 
 @pytest.mark.parametrize(
     ('training', 'folded', 'tail', 'channels_last'),
-    [
-        (True, True, True, False),
-        (True, False, False, True),
-        (False, True, True, True),
-        (False, True, False, False),
-    ],
+    [(True, True, True, False), (True, False, False, True), (False, True, True, True), (False, True, False, False)],
 )
 def test_a_layer_stays_in_its_budget(counters, training, folded, tail, channels_last):
     """Forward x is read twice and y written; backward x and dy are read twice and dx written.
@@ -89,5 +65,5 @@ def test_a_layer_stays_in_its_budget(counters, training, folded, tail, channels_
     launches, maps = torch_budget.take()
     assert counters['launches'] + launches <= MAX_LAUNCHES, (counters['launches'], launches)
     assert maps == 0  # torch moves none
-    # more by what the reduction reads twice of each stretch: its first block, for a mean to start from
-    assert forward <= (4 if tail else 3) + 0.12 and backward <= (7 if tail else 5), (forward, backward)
+    # more by the first positions of each stretch, which are read twice: about their mean x is taken
+    assert forward <= (4 if tail else 3) + 0.15 and backward <= (7 if tail else 5) + 0.05, (forward, backward)

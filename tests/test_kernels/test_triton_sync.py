@@ -1,26 +1,20 @@
-"""The Triton form over two processes: the passes over the map are its own, the small matrices torch's."""
+"""Two processes share their statistics; where the check fails in one, that takes the torch form, and both go on."""
 
 from __future__ import annotations
 
 import copy
-import importlib.util
-import os
+import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
-from utils import assert_agree, randomize, reference
+from conftest import take_for_a_gpu
+from utils import assert_agree, needs, randomize, reference
 
 from mmdet_ce import ChannelEquilibrium
-from mmdet_ce.ops import coefficients, dispatch as kernels
+from mmdet_ce.ops import dispatch, triton_check
 
-pytestmark = [
-    pytest.mark.kernels,
-    pytest.mark.skipif(
-        not importlib.util.find_spec('triton') or os.environ.get('TRITON_INTERPRET') != '1',
-        reason="needs Triton's interpreter: make test-kernels",
-    ),
-]
+pytestmark = [pytest.mark.kernels, needs('the Triton form on a GPU'), pytest.mark.usefixtures('interpreter')]
 
 
 def make_case():
@@ -33,24 +27,30 @@ def make_case():
 
 def work(rank: int, folder) -> None:
     """Run this process's part of the batch and write down what came of it."""
-    os.environ[kernels.VARIABLE] = 'triton'
     torch.set_num_threads(1)
     dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
     ce, x, grad = make_case()
     x, grad = x.split((1, 2))[rank].requires_grad_(), grad.split((1, 2))[rank]
-    form = kernels.choose(x, 16, 3, one_process=False)
-    assert form.maps is not kernels.TORCH.maps and form.coefficients is coefficients
-    out = ce(x)
-    out.backward(grad)
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
+        take_for_a_gpu(patch, 'auto')
+        patch.setattr(triton_check, 'DRIVER', folder / 'none')
+        if rank == 1:
+            patch.setattr(triton_check, 'BOUNDS', {torch.float32: (0.0, 0.0)})
+        out = ce(x)
+        out.backward(grad)
+        taken = [triton for _, triton in dispatch._reported]
     gradients = {name: p.grad for name, p in ce.named_parameters()}
-    results = dict(out=out.detach(), x=x.grad, gradients=gradients, buffers=dict(ce.named_buffers()))
+    results = dict(out=out.detach(), x=x.grad, gradients=gradients, buffers=dict(ce.named_buffers()), taken=taken)
+    results['warned'] = sum('is off by' in str(w.message) for w in caught)
     torch.save(results, folder / f'{rank}.pth')
     dist.destroy_process_group()
 
 
 def test_two_processes_are_one(tmp_path):
     torch.multiprocessing.spawn(work, (tmp_path,), nprocs=2)
-    parts = [torch.load(tmp_path / f'{rank}.pth', weights_only=False) for rank in (0, 1)]
+    parts = [torch.load(tmp_path / f'{rank}.pth', weights_only=True) for rank in (0, 1)]
+    assert [part['taken'] for part in parts] == [[True], [False]]
+    assert [part['warned'] for part in parts] == [0, 1]
     ce, x, grad = make_case()
     ce, x = copy.deepcopy(ce).double(), x.double().requires_grad_()
     expected = reference(ce, x)
