@@ -29,12 +29,6 @@ def take_for_a_gpu(patch: pytest.MonkeyPatch, choice: str) -> None:
 
 
 @pytest.fixture
-def interpreter():
-    if not INTERPRETED:
-        pytest.skip("needs Triton's interpreter: make test-kernels")
-
-
-@pytest.fixture
 def triton_form(monkeypatch):
     """Every layer takes the Triton form, without a check of its own."""
     if not (INTERPRETED or (GPU and importlib.util.find_spec('triton'))):
