@@ -2,7 +2,7 @@
 
 Each fact goes into facts.jsonl as soon as it is known, the most valuable first, and report.md is written after each
 step: a run that is cut loses nothing. A machine with torch and Triton alone and no network needs ``--wheels``: addict,
-mmcv-lite, mmdet, mmengine, platformdirs, pycocotools, shapely, termcolor, terminaltables, yapf, pytest.
+mmcv-lite, mmdet, mmengine, platformdirs, pycocotools, shapely, termcolor, terminaltables, yapf; pytest if it has none.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def run(step: Step, out_dir: Path, environment: dict[str, str]) -> bool:
         process.wait()
         stop.cancel()
         result = dict(step=step.name, exit_status=process.returncode, seconds=round(time.monotonic() - start))
-        facts.write(json.dumps(dict(fact='step', **result, said=said[-15:])) + '\n')
+        facts.write(json.dumps(dict(fact='step', **result, said=said[-40:])) + '\n')
     return process.returncode == 0
 
 
