@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Callable, Optional
 
-import torch
 from mmdet.registry import MODELS
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
-from torch.nn.modules import module as every_module
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from .. import compat
 from ..layers import ChannelEquilibrium
-from ..ops.precision import in_backward_pass, is_tracing
+from ..layers.hooked import has_hooks
+from ..ops.precision import is_tracing
 from .loading_report import missing_weights_message, summarize_load
 
 
@@ -80,60 +80,16 @@ def norm_ce(
         relu = None if takes_relu else relu
     else:
         out = norm(x) if ce is None else ce(norm(x))
+    if ce is not None and has_hooks(ce):
+        out = out.clone()  # backward hooks have made a view of it, which cannot be changed in place
     if shortcut is not None:
         out += shortcut
     return out if relu is None else relu(out)
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Return whether a call of the module does more than its class says: hooks, its own or global, or a new forward."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or 'forward' in vars(module)  # replaced on the instance
-        or every_module._global_forward_hooks
-        or every_module._global_forward_pre_hooks
-        or every_module._global_backward_hooks
-        or every_module._global_backward_pre_hooks
-    )
-
-
-def is_checkpointed(block: BaseModule, x: Tensor) -> bool:
-    """Return whether ``run_block`` will run a block under activation checkpointing."""
-    return block.with_cp and x.requires_grad
-
-
 def run_block(block: BaseModule, inner_forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Run a block's inner forward, under activation checkpointing if the block asks for it."""
-    if not is_checkpointed(block, x):
-        return inner_forward(x)
-    if compat.is_compiling():  # there the recomputation does not update running values
-        return checkpoint(inner_forward, x, use_reentrant=False)
-
-    def forward(x: Tensor) -> Tensor:
-        with norms_at_rest(block) if in_backward_pass() else nullcontext():
-            return inner_forward(x)
-
-    return checkpoint(forward, x, use_reentrant=False)
-
-
-@contextmanager
-def norms_at_rest(block: nn.Module) -> Iterator[None]:
-    """Keep a block's BatchNorms from updating their running values a second time while the block is recomputed.
-
-    (CE sees by itself that it is recomputed, since it may stand in a block of mmdet's.)
-    """
-    norms = [(m, m.momentum, m.num_batches_tracked) for m in block.modules() if isinstance(m, _BatchNorm)]
-    spare = torch.zeros((), dtype=torch.long, device='cpu')  # SyncBatchNorm needs a counter; here it costs no launch
-    for norm, *_ in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, spare
-    try:
-        yield
-    finally:
-        for norm, momentum, count in norms:
-            norm.momentum, norm.num_batches_tracked = momentum, count
+    return checkpoint(inner_forward, x, use_reentrant=False) if block.with_cp and x.requires_grad else inner_forward(x)
 
 
 class CEBackbone(BaseModule):
@@ -146,11 +102,22 @@ class CEBackbone(BaseModule):
     """
 
     def __init__(self, *args: Any, ce_eval: Optional[bool] = None, **kwargs: Any) -> None:
+        if ce_eval not in (None, True, False):
+            raise TypeError(f'ce_eval must be True, False or None, got {ce_eval!r}')
+        self._check_names(kwargs)
         # Set before the backbone's constructor, which calls train() on the way.
         self.ce_eval = ce_eval
         self._statistics_checked = False
         self._reported: set[str] = set()
         super().__init__(*args, **kwargs)
+
+    def _check_names(self, kwargs: dict) -> None:
+        """Refuse an argument that no class of the backbone has, and name the nearest one."""
+        known = {name for cls in type(self).__mro__[:-1] for name in inspect.signature(cls.__init__).parameters}
+        for name in kwargs.keys() - known:
+            nearest = difflib.get_close_matches(name, known, 1)
+            hint = f'; did you mean {nearest[0]!r}?' if nearest else ''
+            raise TypeError(f'{type(self).__name__} has no argument {name!r}{hint}')
 
     def train(self, mode: bool = True) -> CEBackbone:
         """Set the mode, while frozen stages, and norms and CE that are told so, stay in evaluation."""
@@ -181,7 +148,7 @@ class CEBackbone(BaseModule):
 
     def check_statistics(self) -> None:
         """Warn, once for each layer, if a CE is evaluated with statistics that no data ever updated."""
-        if self._statistics_checked or compat.is_compiling():
+        if self._statistics_checked or compat.is_compiling() or is_tracing():
             return
         self._statistics_checked = True
         unset = [
@@ -191,10 +158,11 @@ class CEBackbone(BaseModule):
         ]
         if unset:
             self._reported.update(unset)
-            warnings.warn(
+            message = (
                 f'{len(unset)} CE layers are in evaluation with statistics that no data ever updated: '
                 f'{", ".join(unset)}. Load a checkpoint trained with CE (init_cfg or load_from), or let CE see data: '
                 'train with norm_eval=False, or ce_eval=False beside a frozen norm, and with no frozen stage that has '
-                'such a layer (frozen_stages=-1).',
-                stacklevel=2,
+                'such a layer (frozen_stages=-1).'
             )
+            warnings.warn(message, stacklevel=2)
+            print_log(message, logger='current', level=logging.WARNING)  # into the file of a training's log

@@ -10,7 +10,8 @@ from mmdet.models.layers import InvertedResidual
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 
-from .ce_backbone import CEBackbone, build_ce, check_stages, has_hooks, norm_ce, run_block
+from ..layers.hooked import has_hooks
+from .ce_backbone import CEBackbone, build_ce, check_stages, norm_ce, run_block
 
 
 class CEInvertedResidual(InvertedResidual):

@@ -9,16 +9,15 @@ from mmdet.models.backbones.resnet import BasicBlock, Bottleneck, ResNet
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 
-from .ce_backbone import CEBackbone, build_ce, check_stages, is_checkpointed, norm_ce, run_block
+from .ce_backbone import CEBackbone, build_ce, check_stages, norm_ce, run_block
 
 
 class CEBasicBlock(BasicBlock):
     """mmdet's BasicBlock with a CE slot after the last norm, before the shortcut is added.
 
     Args:
-        *args: See mmdet's BasicBlock.
         ce: Arguments of the block's ChannelEquilibrium, or None for a plain block.
-        **kwargs: See mmdet's BasicBlock.
+        *args, **kwargs: See mmdet's BasicBlock.
     """
 
     def __init__(self, *args: Any, ce: Optional[dict] = None, **kwargs: Any) -> None:
@@ -27,26 +26,23 @@ class CEBasicBlock(BasicBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         """Forward function."""
-        last_relu = None if is_checkpointed(self, x) else self.relu
 
         def _inner_forward(x: Tensor) -> Tensor:
             out = self.relu(self.norm1(self.conv1(x)))
             out = self.conv2(out)
             identity = x if self.downsample is None else self.downsample(x)
-            return norm_ce(self.norm2, self.ce, out, identity, last_relu)
+            return norm_ce(self.norm2, self.ce, out, identity, self.relu)
 
-        out = run_block(self, _inner_forward, x)
-        return out if last_relu else self.relu(out)
+        return run_block(self, _inner_forward, x)
 
 
 class CEBottleneck(Bottleneck):
     """mmdet's Bottleneck with a CE slot after the last norm, before plugins there and before the shortcut is added.
 
     Args:
-        *args: See mmdet's Bottleneck.
         ce: Arguments of the block's ChannelEquilibrium, or None for a plain block.
         ce_position: 'after_norm3', or 'after_norm2' for the place before the second ReLU.
-        **kwargs: See mmdet's Bottleneck.
+        *args, **kwargs: See mmdet's Bottleneck.
     """
 
     def __init__(self, *args: Any, ce: Optional[dict] = None, ce_position: str = 'after_norm3', **kwargs: Any) -> None:
@@ -57,7 +53,6 @@ class CEBottleneck(Bottleneck):
 
     def forward(self, x: Tensor) -> Tensor:
         """Forward function."""
-        last_relu = None if is_checkpointed(self, x) else self.relu
 
         def _inner_forward(x: Tensor) -> Tensor:
             out = self.relu(self.norm1(self.conv1(x)))
@@ -70,12 +65,11 @@ class CEBottleneck(Bottleneck):
             if self.with_plugins and self.after_conv3_plugin_names:
                 out = self.forward_plugin(norm_ce(self.norm3, ce, out), self.after_conv3_plugin_names)
                 out += x if self.downsample is None else self.downsample(x)
-                return out if last_relu is None else last_relu(out)
+                return self.relu(out)
             identity = x if self.downsample is None else self.downsample(x)
-            return norm_ce(self.norm3, ce, out, identity, last_relu)
+            return norm_ce(self.norm3, ce, out, identity, self.relu)
 
-        out = run_block(self, _inner_forward, x)
-        return out if last_relu else self.relu(out)
+        return run_block(self, _inner_forward, x)
 
     def _ce_at(self, position: str) -> Optional[nn.Module]:
         return self.ce if self.ce_position == position else None
@@ -85,29 +79,27 @@ class CEBottleneck(Bottleneck):
 class CEResNet(CEBackbone, ResNet):
     """mmdet's ResNet with Channel Equilibrium.
 
-    By default CE sits where the released network has it: in the stem (``ce1``, between norm and ReLU) and in every
+    By default CE is where the released network has it: in the stem (``ce1``, between norm and ReLU) and in every
     residual block of stages 1 to 3 (``layerN.M.ce``), none in stage 4. With CE switched off everywhere it is mmdet's
-    ResNet: names, random start, and outputs, gradients and running values to the bit. The exception is
-    ``with_cp=True``: gradients then agree up to rounding, and with ``norm_eval=False`` a step moves the running values
-    of a block's norms once (``num_batches_tracked`` grows by 1), where mmdet's moves them again as it recomputes the
-    block (by 2).
+    ResNet: names, random start, and outputs, gradients and running values to the bit (with ``with_cp=True``, gradients
+    up to rounding).
 
-    Training and evaluation. ``frozen_stages`` freezes CE together with its stage, and the stem's with the stem.
-    ``norm_eval=True``, mmdet's default, puts CE in evaluation together with the norms: its running statistics are used
-    and left alone, so they must come from a checkpoint. Unset statistics in use are reported once, by layer name.
+    ``frozen_stages`` freezes CE together with its stage, and the stem's with the stem. ``norm_eval=True``, mmdet's
+    default, puts CE in evaluation together with the norms: its running statistics are used and left alone, so they
+    must come from a checkpoint. Unset statistics in use are reported once, by layer name.
 
     Paper: `Channel Equilibrium Networks for Learning Deep Representation <https://arxiv.org/abs/2003.00214>`_.
 
     Args:
-        depth: 18, 34, 50, 101 or 152.
+        *args: See mmdet's ResNet.
         ce_cfg: Arguments of each ChannelEquilibrium. None switches CE off everywhere.
         stage_with_ce: For each stage, whether its blocks have CE. Defaults to the first three stages.
         stem_with_ce: Whether the stem has CE.
-        stem_ce_cfg: What the stem's CE has different from ``ce_cfg``.
-        ce_position: Where in a bottleneck CE sits: 'after_norm3', or 'after_norm2', before the second ReLU, which the
+        stem_ce_cfg: Arguments that override ``ce_cfg`` in the stem.
+        ce_position: Where in a bottleneck CE is: 'after_norm3', or 'after_norm2', before the second ReLU, which the
             paper studies too.
-        ce_eval: Whether CE stays in evaluation while the network trains. None follows ``norm_eval``; False lets CE use
-            and update the batch's statistics beside a frozen norm. Frozen stages stay in evaluation in any case.
+        ce_eval: ``True``: CE uses its stored statistics during training, like a frozen norm. ``False``: it uses the
+            batch's and updates the stored ones. ``None``: as ``norm_eval`` says. Frozen stages stay in evaluation.
         zero_init_residual: Whether to zero the last norm of each block where weights are initialized at random. None
             zeroes it where no CE follows it, as the released network has it: CE is invariant to its input's scale
             in one branch, so a small gamma before it does not make a small residual. With CE switched off everywhere
@@ -115,10 +107,9 @@ class CEResNet(CEBackbone, ResNet):
         **kwargs: See mmdet's ResNet.
 
     Raises:
-        KeyError: If ``depth`` is none of the above.
-        AssertionError: If mmdet's ResNet refuses one of its own arguments.
+        TypeError: If an argument is unknown, or ``ce_eval`` is neither True, False nor None.
         ValueError: If ``stage_with_ce`` does not have one value for each stage, ``ce_position`` is none of the above
-            or the network has no bottlenecks for it, ``ce_cfg`` is no dict, or a CE argument is out of range.
+            or the network has no bottlenecks for it, ``ce_cfg`` is not a dict, or a CE argument is out of range.
 
     Example:
         >>> import torch
@@ -140,11 +131,6 @@ class CEResNet(CEBackbone, ResNet):
 
     def __init__(
         self,
-        depth: int,
-        in_channels: int = 3,
-        stem_channels: Optional[int] = None,
-        base_channels: int = 64,
-        num_stages: int = 4,
         *args: Any,
         ce_cfg: Optional[dict] = dict(num_channels=16),
         stage_with_ce: Optional[Sequence[bool]] = None,
@@ -155,8 +141,6 @@ class CEResNet(CEBackbone, ResNet):
         zero_init_residual: Optional[bool] = None,
         **kwargs: Any,
     ) -> None:
-        if depth not in self.arch_settings:
-            raise KeyError(f'invalid depth {depth} for {type(self).__name__}; expected one of {[*self.arch_settings]}')
         # Set before ResNet's constructor, which calls the methods below.
         self.ce_cfg = ce_cfg
         self.stage_with_ce = stage_with_ce
@@ -164,17 +148,7 @@ class CEResNet(CEBackbone, ResNet):
         self.stem_ce_cfg = stem_ce_cfg
         self.ce_position = ce_position
         self._random_init = kwargs.get('init_cfg') is None and kwargs.get('pretrained') is None
-        super().__init__(
-            depth,
-            in_channels,
-            stem_channels,
-            base_channels,
-            num_stages,
-            *args,
-            ce_eval=ce_eval,
-            zero_init_residual=zero_init_residual,
-            **kwargs,
-        )
+        super().__init__(*args, ce_eval=ce_eval, zero_init_residual=zero_init_residual, **kwargs)
 
     def make_res_layer(self, **kwargs: Any) -> nn.Module:
         """Pack all blocks of the next stage, with or without CE, into a ``ResLayer``."""

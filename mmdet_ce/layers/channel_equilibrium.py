@@ -10,6 +10,7 @@ from typing import Optional
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -18,17 +19,11 @@ from .. import compat
 from ..ops import channel_equilibrium
 from ..ops.gate import LAYER_NORM_EPS
 from ..ops.precision import in_backward_pass
+from .hooked import has_hooks
 
 
 class BatchDecorrelation(nn.Module):
-    """What the branch BD(x) = P_T x keeps: the running whitening matrix of each channel group.
-
-    Args:
-        num_groups: Channel groups G.
-        group_size: Channels d of a group.
-        num_iterations: Newton steps T.
-        eps: Ridge added to the covariance.
-    """
+    """What the branch BD(x) = P_T x keeps: the running whitening matrix of each channel group."""
 
     def __init__(self, num_groups: int, group_size: int, num_iterations: int, eps: float) -> None:
         super().__init__()
@@ -40,12 +35,7 @@ class BatchDecorrelation(nn.Module):
 
 
 class InstanceReweighting(nn.Module):
-    """What the branch IR(x_n) = gate_n / s * x_n keeps: the gate's layers and the running scale (the paper's AII).
-
-    Args:
-        in_channels: Channels C.
-        reduction: The gate's bottleneck has C / reduction channels.
-    """
+    """What the branch IR(x_n) = gate_n / s * x_n keeps: the gate's layers and the running scale (the paper's AII)."""
 
     def __init__(self, in_channels: int, reduction: int) -> None:
         super().__init__()
@@ -56,14 +46,33 @@ class InstanceReweighting(nn.Module):
         self.register_buffer('running_scale', torch.ones(1))
 
     @property
+    def is_plain(self) -> bool:
+        """Whether the weights say what the gate is: no module is hooked, parametrized, wrapped or replaced."""
+        linear, norm = (self.fc1, self.fc2), self.norm
+        return (
+            all(type(layer) is nn.Linear and layer.bias is None for layer in linear)
+            and type(norm) is nn.LayerNorm
+            and (norm.eps == LAYER_NORM_EPS and norm.weight is not None and norm.bias is not None)
+            and not any(map(has_hooks, (self, *linear, norm)))
+        )
+
+    @property
     def gate_parameters(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The gate's W1, LayerNorm weight and bias, and W2."""
         return self.fc1.weight, self.norm.weight, self.norm.bias, self.fc2.weight
 
+    def forward(self, variance: Tensor) -> Tensor:
+        """Return the gate's logits, (N, C), for the spatial variances of each sample's channels, (N, C)."""
+        return self.fc2(F.relu(self.norm(self.fc1(variance))))
+
+    def gate(self, variance: Tensor) -> Tensor:
+        """Return the gate, (N, C), for the spatial variances of each sample's channels, (N, C)."""
+        return torch.sigmoid(self(variance))
+
 
 @MODELS.register_module()
 class ChannelEquilibrium(nn.Module):
-    r"""Channel Equilibrium: makes the channels of one layer contribute equally.
+    r"""Channel Equilibrium, designed to balance how much each channel of a layer contributes.
 
     With :math:`\lambda = \mathrm{sigmoid}(\theta)`, the output of a normalization layer becomes
 
@@ -74,23 +83,20 @@ class ChannelEquilibrium(nn.Module):
     multiplied only once, by the matrix :math:`M_{n,g} = \lambda P_g + (1 - \lambda)\,diag(gate_{n,g} / s)`.
 
     In training the statistics are the batch's, gradients flow through them, and the running values move by
-    ``momentum`` towards them. In evaluation the running P_T and s are used and left alone, and the gate stays per
-    sample. Before any data was seen they are P_T = I and s = 1. Statistics, iteration and gate are computed in float32
-    at least, under autocast too (float64 in training with more than 8 Newton steps); the output has the dtype of the
-    input.
+    ``momentum`` towards them. In evaluation the running P_T and s are used, and the gate stays per sample. Before any
+    data was seen they are P_T = I and s = 1. All but the products over the map is computed in float32 at least.
 
     Paper: `Channel Equilibrium Networks for Learning Deep Representation <https://arxiv.org/abs/2003.00214>`_.
 
     Args:
         in_channels: Channels C of the input.
-        num_channels: Channels d of a decorrelation group; halved until it divides ``in_channels``.
+        num_channels: Channels d of a decorrelation group, 2 at least; halved until it divides ``in_channels``.
         num_iterations: Newton steps T. Part of the model: keep what a checkpoint was trained with.
         reduction: The gate's bottleneck has ``in_channels // reduction`` channels.
         eps: Ridge added to the covariance.
         momentum: Weight of the batch in the running values.
-        identity_start: Whether the block starts as the identity and CE grows in, for weights that were trained without
-            it: the output is (1 - alpha) x + alpha CE(x), with a parameter alpha that starts at 0. An extension of this
-            project; neither the paper nor the released network has it.
+        identity_start: Whether CE starts switched off and learns its share: the output is (1 - alpha) x + alpha CE(x),
+            with a parameter alpha that starts at 0. An extension of this project, for weights trained without CE.
         sync: Whether the batch of the training form is that of all processes, as in SyncBN. Otherwise each process has
             its own statistics, and a checkpoint holds those of rank 0.
 
@@ -126,8 +132,9 @@ class ChannelEquilibrium(nn.Module):
             in_channels=in_channels, num_channels=num_channels, num_iterations=num_iterations, reduction=reduction
         )
         for name, value in counts.items():
-            if type(value) is not int or value < 1:
-                raise ValueError(f'{name} must be an integer of at least 1, got {value!r}')
+            least = 2 if name == 'num_channels' else 1
+            if type(value) is not int or value < least:
+                raise ValueError(f'{name} must be an integer of at least {least}, got {value!r}')
         if reduction > in_channels:
             raise ValueError(f'reduction must be between 1 and in_channels={in_channels}, got {reduction}')
         if not 0 < eps <= 1:
@@ -161,16 +168,24 @@ class ChannelEquilibrium(nn.Module):
             relu: Whether ReLU comes last, as in a residual block.
         """
         self._check_input(x)
+        parameters, logits = (None,) * 4, None
+        if self.ir.is_plain:
+            parameters = self.ir.gate_parameters
+        else:
+            x, norm = (x if norm is None else norm(x)), None
+            with compat.without_autocast(x.device.type):
+                logits = self.ir(_variance(x).to(self.ir.running_scale.dtype))
         out, mean, whitening, scale = channel_equilibrium(
             x,
             self.theta,
-            *self.ir.gate_parameters,
+            *parameters,
             group_size=self.group_size,
             num_iterations=self.bd.num_iterations,
             eps=self.bd.eps,
             running_whitening=None if self.training else self.bd.running_whitening,
             running_scale=None if self.training else self.ir.running_scale,
             alpha=self.alpha,
+            logits=logits,
             norm=norm,
             residual=residual,
             relu=relu,
@@ -189,10 +204,15 @@ class ChannelEquilibrium(nn.Module):
 
     @torch.no_grad()
     def _update(self, mean: Tensor, whitening: Tensor, scale: Tensor) -> None:
-        """Move the running values towards those of the batch."""
-        self.bd.running_mean.lerp_(mean.to(self.bd.running_mean.dtype), self.momentum)
-        self.bd.running_whitening.lerp_(whitening.to(self.bd.running_whitening.dtype), self.momentum)
-        self.ir.running_scale.lerp_(scale.to(self.ir.running_scale.dtype), self.momentum)
+        """Move the running values towards those of the batch, unless a value of the batch was not finite."""
+        # What is not finite in a map is so in s, and what overflows in a group's covariance in all of its P_T
+        is_finite = torch.isfinite(whitening[:, 0, 0].sum() + scale)
+        for running, value in (
+            (self.bd.running_mean, mean),
+            (self.bd.running_whitening, whitening),
+            (self.ir.running_scale, scale),
+        ):
+            running.lerp_(torch.where(is_finite, value.to(running.dtype), running), self.momentum)
 
     @property
     def is_identity(self) -> bool:
@@ -229,12 +249,18 @@ def _is_true(flag: Tensor) -> bool:
     return type(flag) is Tensor and not flag.is_meta and bool(flag)
 
 
+def _variance(x: Tensor) -> Tensor:
+    """Return the spatial variances of each sample's channels, (N, C), in float32 at least; of a 1x1 map 0."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(2)
+    return x.var(2, correction=min(1, x.shape[2] - 1))
+
+
 def _group_size(in_channels: int, num_channels: int) -> int:
     """Return d: ``num_channels``, halved until it divides ``in_channels`` (as the released code does)."""
     d = num_channels
     while in_channels % d:
         d //= 2
-    if d == 1 and num_channels > 1:
+    if d == 1:
         raise ValueError(
             f'in_channels={in_channels} cannot be grouped: neither num_channels={num_channels} nor any of its halves '
             'above 1 divides it; choose a num_channels that shares a larger factor with it'

@@ -37,7 +37,8 @@ def coefficients(sample_means: Tensor, scatter: Tensor, length: int, inputs: Inp
     sample_means, scatter = sample_means.to(options.dtype), scatter.to(options.dtype)
     rstd, a, b = affine(inputs, options.norm_eps, options.group_size)
     squares = scatter.diagonal(dim1=2, dim2=3) if training else scatter
-    z_variance = squares * (SCATTER_UNIT / max(length - 1, 1))  # of a 1x1 map 0
+    # length - 1, and 1 for a 1x1 map, whose variance is 0; max() would choose while a trace is made
+    z_variance = squares * (SCATTER_UNIT / (length - 1 + 1 // length))
     variance = z_variance if a is None else z_variance * a.square()
     unit, reduced, hidden, hidden_mean, hidden_rstd, rectified, gates = gate(variance.flatten(1), inputs)
     mean = samples = positions = z_mean = z_covariance = lacks_variance = trace = normalized = None

@@ -79,7 +79,9 @@ def reduce(x: GroupedMap, with_covariance: bool) -> tuple[Tensor, Tensor]:
     if values.element_size() == 2:
         means = values.mean(2, dtype=torch.float32)
         if with_covariance:
-            squares, left, right = _sum_of_products(values, values) / SCATTER_UNIT, means[:, :, None], means[:, None]
+            # the means will be subtracted: an older torch, which would round the sums, is given float32
+            exact = values if _bmm_sums_in_float32(values.device, values.dtype) else values.float()
+            squares, left, right = _sum_of_products(exact, exact) / SCATTER_UNIT, means[:, :, None], means[:, None]
         else:
             root = torch.linalg.vector_norm(values, dim=2, dtype=torch.float32) / ROOT_UNIT
             squares, left, right = root.square(), means, means
@@ -112,6 +114,7 @@ def apply(
         residual: The shortcut, of the shape of the map, or None.
         relu: Whether ReLU comes last.
     """
+    matrix, constant = (None if t is None else t.flatten(0, 1).to(x.values.dtype) for t in (matrix, constant))
     out = _as_map(_product(matrix, x.values, constant, x), x)
     if residual is not None:
         out += residual
@@ -150,45 +153,45 @@ def apply_backward(dy: GroupedMap, x: GroupedMap, matrix: Tensor, k_matrix: Tens
         k_matrix: K, (N, G, d, d), symmetric, or where it is diagonal its diagonal, (N, G, d).
         k_vector: k, (N, G, d).
     """
-    dx = _product(matrix.mT, dy.values, k_vector, x, sign=-1)
-    k_matrix = k_matrix.flatten(0, 1).to(dx.dtype)
+    matrix, k_matrix, k_vector = (t.flatten(0, 1).to(x.values.dtype) for t in (matrix, k_matrix, -k_vector))
     if k_matrix.dim() == 2:
-        dx.addcmul_(k_matrix[..., None], x.values)
-    elif x.channels_last:
-        dx.mT.baddbmm_(x.values.mT, k_matrix)
+        dx = torch.addcmul(k_vector[..., None], k_matrix[..., None], x.values)
     else:
-        dx.baddbmm_(k_matrix, x.values)
+        dx = _product(k_matrix, x.values, k_vector, x)
+    if x.channels_last:
+        dx.mT.baddbmm_(dy.values.mT, matrix)
+    else:
+        dx.baddbmm_(matrix.mT, dy.values)
     return _as_map(dx, x)
 
 
-def _product(matrix: Tensor, values: Tensor, constant: Optional[Tensor], x: GroupedMap, sign: int = 1) -> Tensor:
-    """Return M v + sign c, (N G, d, L).
+def _product(matrix: Tensor, values: Tensor, constant: Optional[Tensor], x: GroupedMap) -> Tensor:
+    """Return M v + c, (N G, d, L), in the scratch of ``x`` if it has one.
 
     Of a channels_last map the transpose is contiguous: torch would multiply group by group into strides, which takes
     longer than a copy of the product does.
     """
-    left, right = matrix.flatten(0, 1).to(values.dtype), values
-    if constant is not None:
-        constant = constant.flatten(0, 1)[..., None].to(values.dtype)
+    left, right, constant = matrix, values, None if constant is None else constant[..., None]
     if x.channels_last:
         left, right, constant = right.mT, left.mT, None if constant is None else constant.mT
     if constant is None or right.is_cuda:  # baddbmm would write the constant out in full first
         product = torch.bmm(left, right, out=x.scratch)
         if constant is not None:
-            product.add_(constant, alpha=sign)
+            product.add_(constant)
     else:
-        product = torch.baddbmm(constant, left, right, beta=sign, out=x.scratch)
+        product = torch.baddbmm(constant, left, right, out=x.scratch)
     return product.mT if x.channels_last else product
 
 
 def _sum_of_products(left: Tensor, right: Tensor) -> Tensor:
-    """Return left right^T, summed over positions in float32 at least."""
-    if left.element_size() > 2:
-        return torch.bmm(left, right.mT)
-    if _bmm_sums_in_float32(left.device, left.dtype):
+    """Return left right^T, summed over positions, in float32 at least.
+
+    An older torch rounds the sums of 16-bit maps to 16 bits, as those of a convolution's weights are.
+    """
+    if left.element_size() == 2 and _bmm_sums_in_float32(left.device, left.dtype):
         return torch.bmm(left, right.mT, out_dtype=torch.float32)
-    converted = left.float()
-    return torch.bmm(converted, (converted if right is left else right.float()).mT)
+    sums = torch.bmm(left, right.mT)
+    return sums.float() if left.element_size() == 2 else sums
 
 
 @torch.compiler.assume_constant_result

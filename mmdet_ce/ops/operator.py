@@ -45,10 +45,10 @@ class CEOutput(NamedTuple):
 def channel_equilibrium(
     x: Tensor,
     theta: Tensor,
-    fc1_weight: Tensor,
-    ln_weight: Tensor,
-    ln_bias: Tensor,
-    fc2_weight: Tensor,
+    fc1_weight: Optional[Tensor],
+    ln_weight: Optional[Tensor],
+    ln_bias: Optional[Tensor],
+    fc2_weight: Optional[Tensor],
     *,
     group_size: int,
     num_iterations: int = 3,
@@ -56,6 +56,7 @@ def channel_equilibrium(
     running_whitening: Optional[Tensor] = None,
     running_scale: Optional[Tensor] = None,
     alpha: Optional[Tensor] = None,
+    logits: Optional[Tensor] = None,
     norm: Optional[nn.BatchNorm2d] = None,
     residual: Optional[Tensor] = None,
     relu: bool = False,
@@ -80,6 +81,7 @@ def channel_equilibrium(
         running_whitening: (G, d, d), P_T of the evaluation form.
         running_scale: (1,), s of the evaluation form.
         alpha: (1,), the share of CE in the output, the rest being the input; None for CE alone.
+        logits: (N, C), of the gate, which autograd leads back to x; None to compute them from the four weights.
         norm: The norm before CE, in evaluation, folded into M.
         residual: The shortcut of a residual block, added to the output; of the shape of ``x``.
         relu: Whether ReLU comes last, as in a residual block.
@@ -93,14 +95,19 @@ def channel_equilibrium(
     training = running_whitening is None or running_scale is None
     group, running = (process_group, None) if training else (None, (running_whitening, running_scale))
     dtype = precision.dtype_of(x, num_iterations if training else 0)
+    form = kernels.choose(x, group_size, num_iterations, group is None) if logits is None else kernels.TORCH
+    if norm is not None and form is kernels.TORCH and precision.stays_16_bit(x):
+        # Folded, M z and c would be rounded to 16 bits, and they cancel where the channels of z have means
+        x, norm = norm(x), None
     norm_eps = 0.0 if norm is None else norm.eps
     options = Options(group_size, num_iterations, eps, norm_eps, running, group, map_dtype=dtype, dtype=dtype)
     of_norm = (None,) * 4 if norm is None else (norm.running_mean, norm.running_var, norm.weight, norm.bias)
-    inputs = Inputs(*of_norm, alpha, theta, fc1_weight, ln_weight, ln_bias, fc2_weight)
+    inputs = *of_norm, alpha, theta, fc1_weight, ln_weight, ln_bias, fc2_weight
+    inputs = inputs if logits is None else (*inputs, logits)
     with compat.without_autocast(x.device.type):
         form = dispatch.choose(x, residual, relu, inputs, options)
         if precision.is_tracing():  # the same, in operations that a trace records
-            out, c, _ = _forward(x, residual, relu, form, options, inputs)
+            out, c, _ = _forward(x, residual, relu, form, options, Inputs(*inputs))
             # Copied: adding to a view in place would put reshapes around all that follows in an exported graph
             memory_format = torch.contiguous_format if x.is_contiguous() else torch.channels_last
             out = out.clone(memory_format=memory_format)

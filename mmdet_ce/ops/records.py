@@ -18,10 +18,11 @@ class Inputs(NamedTuple):
     norm_bias: Optional[Tensor]  # (C,)
     alpha: Optional[Tensor]  # (1,)
     theta: Tensor  # (1,)
-    fc1_weight: Tensor  # (C / r, C)
-    ln_weight: Tensor  # (C / r,)
-    ln_bias: Tensor  # (C / r,)
-    fc2_weight: Tensor  # (C, C / r)
+    fc1_weight: Optional[Tensor]  # (C / r, C)
+    ln_weight: Optional[Tensor]  # (C / r,)
+    ln_bias: Optional[Tensor]  # (C / r,)
+    fc2_weight: Optional[Tensor]  # (C, C / r)
+    logits: Optional[Tensor] = None  # (N, C), of the gate, where its modules computed them; then without the four above
 
 
 class Options(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 
 import numpy as np
 import pytest
@@ -175,6 +176,21 @@ def test_hooked_layers_are_called_in_turn_and_give_the_same(depth, ce_eval):
         assert_agree(a.grad, b.grad, 1e-8, name)
 
 
+@pytest.mark.parametrize('path', ['ce1', 'layer3.1.ce', 'layer1.0', 'layer1', 'layer2.0.norm2'])
+@pytest.mark.parametrize('kind', ['register_full_backward_hook', 'register_full_backward_pre_hook'])
+def test_backward_hooks_on_ce_and_on_what_holds_it(path, kind):
+    """They make views, which the addition of the shortcut and the ReLU may not change in place."""
+    backbone, seen = randomize(CEResNet(depth=18, **TINY)).double().train(), []
+    hooked = copy.deepcopy(backbone)
+    getattr(hooked.get_submodule(path), kind)(lambda *_: seen.append(path))
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    for model in (backbone, hooked):
+        sum(out.square().mean() for out in model(x)).backward()
+    assert seen
+    for (name, a), b in zip(hooked.named_parameters(), backbone.parameters()):
+        assert_agree(a.grad, b.grad, 1e-8, name)
+
+
 class TenfoldBatchNorm(torch.nn.BatchNorm2d):
     """Its base class computes an affine map; the subclass computes something else."""
 
@@ -204,9 +220,18 @@ def test_positional_arguments_as_in_mmdet():
 # ---- bad input ----
 
 
-def test_bad_depth():
-    with pytest.raises(KeyError, match=r'invalid depth 51 for CEResNet; expected one of \[18, 34, 50, 101, 152\]'):
-        CEResNet(depth=51)
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (dict(ce_eval='no'), "ce_eval must be True, False or None, got 'no'"),
+        (dict(ce_eval='None'), "ce_eval must be True, False or None, got 'None'"),
+        (dict(stage_with_ces=(True,)), "CEResNet has no argument 'stage_with_ces'; did you mean 'stage_with_ce'?"),
+        (dict(frozen_stage=1), "CEResNet has no argument 'frozen_stage'; did you mean 'frozen_stages'?"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(TypeError, match=re.escape(message)):
+        MODELS.build(dict(type='CEResNet', depth=18, **arguments))
 
 
 @pytest.mark.parametrize('stages', [(True,), (True,) * 5, 'True', 4, {True}, (True, True, 'yes', False)])

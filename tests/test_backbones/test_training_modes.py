@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from mmengine.logging import MMLogger
 from mmengine.model import convert_sync_batchnorm, revert_sync_batchnorm
 from torch.nn.modules.batchnorm import _BatchNorm
 from utils import assert_agree, randomize, unset_statistics
@@ -61,8 +62,8 @@ def test_with_cp_gives_the_same_buffers_and_gradients(depth, norm_eval, norm):
             sum(o.square().mean() for o in model(x)).backward()
     for (name, a), b in zip(plain.named_parameters(), other.parameters()):
         assert_agree(b.grad, a.grad, 1e-6, name)
-    for (key, value), copied in zip(plain.named_buffers(), other.buffers()):
-        assert torch.equal(value, copied), key
+    for key, value in buffers(plain).items():
+        assert torch.equal(value, buffers(other)[key]), key
 
 
 # ---- statistics that no data ever updated ----
@@ -76,6 +77,15 @@ def test_unset_statistics_are_reported_once_with_names():
     assert all(name in first[0] for name in [name for name, _ in backbone.named_ce()])
     assert 'norm_eval=False' in first[0] and 'init_cfg' in first[0]
     assert not unset_statistics(lambda: (backbone(x), backbone.train(), backbone.eval()(x)))
+
+
+def test_unset_statistics_are_in_the_log_too(caplog):
+    logger = MMLogger.get_current_instance()
+    logger.addHandler(caplog.handler)
+    unset_statistics(lambda: CEResNet(depth=18, **TINY).eval()(torch.randn(1, 3, 32, 32)))
+    logger.removeHandler(caplog.handler)
+    (record,) = (r for r in caplog.records if 'statistics that no data ever updated' in r.getMessage())
+    assert record.levelname == 'WARNING'
 
 
 def test_unset_statistics_of_frozen_stages_are_reported_in_training():

@@ -187,7 +187,7 @@ FLOAT16 = pytest.param(torch.float16, marks=needs('float16 under autocast on a C
 def test_autocast_keeps_statistics_in_float32(dtype, scale):
     ce, plain = ChannelEquilibrium(32), ChannelEquilibrium(32)
     plain.load_state_dict(ce.state_dict())
-    x = (scale * torch.randn(2, 32, 8, 8)).to(dtype)
+    x = (scale * (torch.randn(2, 32, 8, 8) + 10)).to(dtype)
     with torch.autocast('cpu', dtype=dtype):
         out = ce(x)
     plain(x.float())
@@ -201,7 +201,7 @@ def test_autocast_keeps_statistics_in_float32(dtype, scale):
 @pytest.mark.parametrize('training', [True, False])
 def test_a_module_of_low_precision_computes_in_float32(dtype, training):
     ce = randomize(ChannelEquilibrium(32)).to(dtype).train(training)
-    x = torch.randn(2, 32, 8, 8).to(dtype)
+    x = (torch.randn(2, 32, 8, 8) + 10).to(dtype)
     expected = copy.deepcopy(ce).float()(x.float())
     out = ce(x)
     assert out.dtype == dtype
@@ -217,6 +217,20 @@ def test_evaluation_leaves_buffers_alone_and_survives_a_later_training_pass():
     ce.train()(x)  # updates in place the buffers that the graph of `out` was computed from
     out.sum().backward()
     assert ce.theta.grad is not None
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf'), 3e38])
+@pytest.mark.parametrize('positions', [slice(1), slice(None)], ids=['a position', 'a channel'])
+def test_a_batch_that_is_not_finite_leaves_the_running_values(value, positions):
+    """A loss scaler skips its step, and BatchNorm in evaluation keeps nothing of it."""
+    ce = randomize(ChannelEquilibrium(32)).train()
+    before = copy.deepcopy(ce.state_dict())
+    x = torch.randn(2, 32, 4, 4)
+    x[0, 5, positions] = value
+    ce(x)
+    assert all(torch.equal(before[k], v) for k, v in ce.state_dict().items())
+    ce(torch.randn(2, 32, 4, 4))
+    assert not any(torch.equal(before[k], v) for k, v in ce.named_buffers())
 
 
 @pytest.mark.parametrize('use_reentrant', [True, False])
@@ -244,7 +258,8 @@ def test_num_channels_is_halved_until_it_divides():
     [
         (dict(in_channels=17), 'in_channels=17 cannot be grouped'),
         (dict(in_channels=0), 'in_channels must be an integer of at least 1, got 0'),
-        (dict(in_channels=32, num_channels=0), 'num_channels must be an integer of at least 1, got 0'),
+        (dict(in_channels=32, num_channels=0), 'num_channels must be an integer of at least 2, got 0'),
+        (dict(in_channels=32, num_channels=1), 'num_channels must be an integer of at least 2, got 1'),
         (dict(in_channels=32, num_iterations=2.5), 'num_iterations must be an integer of at least 1, got 2.5'),
         (dict(in_channels=32, reduction='4'), "reduction must be an integer of at least 1, got '4'"),
         (dict(in_channels=2, num_channels=2), 'reduction must be between 1 and in_channels=2, got 4'),

@@ -7,10 +7,11 @@ import copy
 import pytest
 import torch
 from torch import nn
-from utils import assert_agree, randomize
+from torch.utils._python_dispatch import TorchDispatchMode
+from utils import assert_agree, needs, randomize
 
 from mmdet_ce import ChannelEquilibrium
-from mmdet_ce.ops import channel_equilibrium, channel_equilibrium_reference
+from mmdet_ce.ops import channel_equilibrium, channel_equilibrium_reference, precision
 
 
 def norm_and_ce(dtype=torch.float64, affine=True, **kwargs):
@@ -81,13 +82,26 @@ def test_memory_formats_agree(training, num_channels, samples):
     assert_agree(copy.deepcopy(ce).eval()(strided), copy.deepcopy(ce).eval()(strided.contiguous()), 1e-12)
 
 
+@pytest.fixture
+def as_on_cuda(monkeypatch):
+    """Leave 16-bit maps as they are, as on a GPU, with a torch that cannot sum their products in float32."""
+    monkeypatch.setattr(precision, 'stays_16_bit', lambda x: x.element_size() == 2)
+
+
+def with_means(shape, means: float) -> torch.Tensor:
+    """Return a map whose channels have means of so many deviations."""
+    sign = torch.where(torch.arange(shape[1]) % 2 == 0, 1.0, -1.0)
+    return torch.randn(shape) + means * sign.view(-1, 1, 1)
+
+
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize('training', [True, False])
-def test_low_precision_errs_by_its_own_rounding(dtype, training):
+@pytest.mark.parametrize('means', [0, 10])
+def test_low_precision_errs_by_its_own_rounding(dtype, training, means):
     """Not more than float32's result rounded: statistics, matrices and products are float32."""
-    norm, ce = norm_and_ce(torch.float32)
+    _, ce = norm_and_ce(torch.float32)
     ce.train(training)
-    x = torch.randn(2, 32, 8, 8).to(dtype)
+    x = with_means((2, 32, 8, 8), means).to(dtype)
     exact = run(copy.deepcopy(ce), x.float(), ce)
     x = x.requires_grad_()
     out = copy.deepcopy(ce)(x)
@@ -96,6 +110,48 @@ def test_low_precision_errs_by_its_own_rounding(dtype, training):
     assert out.dtype == x.grad.dtype == dtype
     assert_agree(out.float(), exact[0], rounding)
     assert_agree(x.grad.float(), exact[1], 4 * rounding)
+
+
+@pytest.mark.parametrize(
+    'dtype, allowed',
+    [(torch.bfloat16, 0.004), pytest.param(torch.float16, 0.0005, marks=needs('float16 under autocast on a CPU'))],
+)
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('means', [0, 3, 10, 30])
+def test_means_cost_a_16_bit_map_no_digits(dtype, allowed, training, means, as_on_cuda):
+    """The deviation of the error, over that of the output, behind a norm in evaluation: folded, c would cancel M z."""
+    norm, ce = norm_and_ce(torch.float32)
+    x = with_means((2, 32, 24, 24), means).to(dtype)
+    with torch.no_grad():
+        norm.running_mean.copy_(x.float().mean((0, 2, 3)))
+        norm.running_var.copy_(x.float().var((0, 2, 3)))
+        out, expected = (copy.deepcopy(ce).train(training)(z, norm) for z in (x, x.float()))
+    assert out.dtype == dtype and (out - expected).std() <= allowed * expected.std()
+
+
+class Maps(TorchDispatchMode):
+    """Note the operations that make a tensor of the size of a map in float32."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        is_map = isinstance(result, torch.Tensor) and result.numel() >= self.size and result.dtype == torch.float32
+        if is_map and func.__name__ != 'transpose.int':
+            self.names.append(func.__name__.split('.')[0])
+        return result
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_a_16_bit_map_is_converted_for_its_covariance_alone(training, as_on_cuda):
+    norm, ce = norm_and_ce(torch.float32)
+    x = torch.randn(2, 32, 24, 24).bfloat16().requires_grad_()
+    with Maps(x.numel()) as maps:
+        ce.train(training)(x, norm, x, relu=True).sum().backward()
+    assert maps.names == ['_to_copy'] * training
 
 
 def test_output_does_not_depend_on_the_order_of_the_batch():
