@@ -68,6 +68,7 @@ def _is_covered(x: Tensor, inputs: Inputs, options: Options) -> bool:
     """Return whether the kernels are made for such a layer."""
     return (
         options.group_size in GROUP_SIZES
+        and inputs.logits is None
         and len(inputs.ln_weight) > 2  # through LayerNorm of one or two units comes no gradient that could be checked
         and x.dtype in DTYPES
         and type(x) in (Tensor, nn.Parameter)  # a fake tensor has no memory
