@@ -27,7 +27,6 @@ DEVICE_TYPE = 'cuda'  # the tests take Triton's interpreter for a GPU: 'cpu'
 LEAST_CAPABILITY = (8, 0)
 LEAST_TRITON = (3, 3)
 GROUP_SIZES = (16, 32, 64)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _verdicts: dict[tuple, Optional[str]] = {}  # by a layer's signature: why Triton is not taken, or None
 _reported: set[tuple] = set()
@@ -70,7 +69,7 @@ def _is_covered(x: Tensor, inputs: Inputs, options: Options) -> bool:
         options.group_size in GROUP_SIZES
         and inputs.logits is None
         and len(inputs.ln_weight) > 2  # through LayerNorm of one or two units comes no gradient that could be checked
-        and x.dtype in DTYPES
+        and x.dtype in triton_check.BOUNDS
         and type(x) in (Tensor, nn.Parameter)  # a fake tensor has no memory
         and options.num_iterations <= precision.MAX_FLOAT32_ITERATIONS
         and x.numel() < 2**31 * x.shape[0]

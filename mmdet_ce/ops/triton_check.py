@@ -28,6 +28,7 @@ from .records import Inputs, Options
 BOUNDS = {torch.float32: (1e-4, 1e-4), torch.bfloat16: (2e-2, 5e-3), torch.float16: (5e-3, 5e-3)}
 MAPS = ((1, 5, 13, torch.contiguous_format), (2, 16, 24, torch.channels_last))  # N, H, W
 DRIVER = Path('/proc/driver/nvidia/version')
+_say_once = functools.lru_cache(maxsize=None)(print_log)
 
 
 def verdict(signature: tuple, triton_form: Callable, *layer: Any) -> Optional[str]:
@@ -37,7 +38,7 @@ def verdict(signature: tuple, triton_form: Callable, *layer: Any) -> Optional[st
         record = _record(signature)
         if record.exists():
             return None
-    _announce()
+    _say_once('Channel Equilibrium: compiling and checking its Triton kernels, once a machine', 'current')
     try:
         with torch.no_grad(), compat.without_autocast(layer[0].device.type):
             reason = _disagreement(triton_form, *layer)
@@ -61,11 +62,6 @@ def _record(signature: tuple) -> Path:
     facts = repr((sources, torch.__version__, triton.__version__, gpu, layer))
     folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
     return folder / 'mmdet_ce' / hashlib.sha256(facts.encode()).hexdigest()
-
-
-@functools.lru_cache(maxsize=None)
-def _announce() -> None:
-    print_log('Channel Equilibrium: compiling and checking its Triton kernels, once a machine', logger='current')
 
 
 def _disagreement(

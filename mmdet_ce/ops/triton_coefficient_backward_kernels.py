@@ -210,9 +210,8 @@ def _fc1_backward(
         there = h < num_hidden
         total = tl.zeros((block, d), tl.float32)
         for n in range(num_samples):
-            index = (n * num_groups + g) * d + i
-            if training:
-                index = (n * num_groups + g) * d * d + i * (d + 1)
+            row = n * num_groups + g
+            index = row * d * d + i * (d + 1) if training else row * d + i
             v = tl.load(scatter + index) / (tl.maximum(length - 1, 1) / SCATTER_UNIT) / tl.load(ln_unit + n)
             total += tl.load(d_reduced + n * num_hidden + h, mask=there, other=0.0)[:, None] * v[None, :]
         tile = h[:, None] * num_groups * d + g * d + i[None, :]

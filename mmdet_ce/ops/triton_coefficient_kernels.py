@@ -113,9 +113,8 @@ def hidden_kernel(
         there = c < num_channels
         c = tl.where(there, c, 0)
         a, _, _ = norm_affine(norm_mean, norm_variance, norm_weight, norm_bias, norm_eps, c, has_norm)
-        index = n * num_channels + c
-        if training:
-            index = index // d * d * d + c % d * (d + 1)
+        channel = n * num_channels + c
+        index = channel // d * d * d + c % d * (d + 1) if training else channel
         v = a * a * (tl.load(scatter + index) / (tl.maximum(length - 1, 1) / SCATTER_UNIT))
         v = tl.where(there, v, 0.0)
         w1 = tl.load(fc1 + h[:, None] * num_channels + c[None, :], mask=(h < num_hidden)[:, None], other=0.0)

@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 @pytest.mark.parametrize('training', [True, False])
-def test_golden_network(golden, fill, training):
+def test_golden_network(golden, fill, training, monkeypatch):
     """The released ResNet-50; in training float32 rounding of the input alone moves the last stage by 2e-4."""
     shapes = json.loads((golden / 'official_resnetv1ce50_keys.json').read_text())
     official = {name: torch.from_numpy(np.asarray(fill(name, shape))) for name, shape in shapes.items()}
@@ -29,11 +29,8 @@ def test_golden_network(golden, fill, training):
     backbone.load_state_dict(convert_official_state_dict(official))
     backbone.cuda().train(training)
     values = np.load(golden / f'ce_resnet50_{"train" if training else "eval"}.npz')
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        outs = backbone(torch.as_tensor(values['x']).cuda())
-    finally:
-        torch.backends.cudnn.allow_tf32 = True
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
+    outs = backbone(torch.as_tensor(values['x']).cuda())
     for name, out in zip(('c2', 'c3', 'c4', 'c5'), outs):
         assert_agree(out.detach().cpu(), values[name], 1e-3 if training and name == 'c5' else 2e-4, name)
 
@@ -48,7 +45,7 @@ TOLERANCES = {torch.float32: (5e-5, 2e-5), torch.bfloat16: (1e-2, 2e-2), torch.f
 @pytest.mark.parametrize('folded', [True, False])
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize('tf32', [True, False])
-def test_a_layer_agrees_with_float64(dtype, training, folded, memory_format, tf32):
+def test_a_layer_agrees_with_float64(dtype, training, folded, memory_format, tf32, monkeypatch):
     """Output, all gradients and running values; TF32 may reach the products over the map and nothing else."""
     norm, ce = randomize(nn.BatchNorm2d(64)).eval(), randomize(ChannelEquilibrium(64), seed=1).train(training)
     x, grad = torch.randn(2, 64, 17, 20) + 3 * torch.randn(1, 64, 1, 1), torch.randn(2, 64, 17, 20)
@@ -57,12 +54,9 @@ def test_a_layer_agrees_with_float64(dtype, training, folded, memory_format, tf3
     expected = reference(ce64, norm64(x64) if folded else x64)
     expected.out.backward(grad.double())
     norm, ce, x = norm.cuda(), ce.cuda(), x.cuda().requires_grad_()
-    torch.backends.cuda.matmul.allow_tf32 = tf32
-    try:
-        out = ce(x, norm if folded else None)
-        out.backward(grad.cuda())
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = False
+    monkeypatch.setattr(torch.backends.cuda.matmul, 'allow_tf32', tf32)
+    out = ce(x, norm if folded else None)
+    out.backward(grad.cuda())
     small, large = (max(tolerance, 2e-3 * tf32) for tolerance in TOLERANCES[dtype])
     assert_agree(out.detach().cpu(), expected.out.detach(), large, 'out')
     assert_agree(x.grad.cpu(), x64.grad, large, 'x')
