@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from .. import compat
-from . import kernels, precision
+from . import dispatch, precision
 from .records import Coefficients, Inputs, Options
 
 
@@ -94,15 +94,15 @@ def channel_equilibrium(
     training = running_whitening is None or running_scale is None
     group, running = (process_group, None) if training else (None, (running_whitening, running_scale))
     dtype = precision.dtype_of(x, num_iterations if training else 0)
-    form = kernels.choose(x, group_size, num_iterations, group is None) if logits is None else kernels.TORCH
-    if norm is not None and form is kernels.TORCH and precision.stays_16_bit(x):
-        # Folded, M z and c would be rounded to 16 bits, and they cancel where the channels of z have means
-        x, norm = norm(x), None
     norm_eps = 0.0 if norm is None else norm.eps
     options = Options(group_size, num_iterations, eps, norm_eps, running, group, map_dtype=dtype, dtype=dtype)
     of_norm = (None,) * 4 if norm is None else (norm.running_mean, norm.running_var, norm.weight, norm.bias)
-    inputs = *of_norm, alpha, theta, fc1_weight, ln_weight, ln_bias, fc2_weight
-    inputs = inputs if logits is None else (*inputs, logits)
+    of_gate = (fc1_weight, ln_weight, ln_bias, fc2_weight, *(() if logits is None else (logits,)))
+    inputs = (*of_norm, alpha, theta, *of_gate)
+    form = dispatch.choose(x, residual, relu, Inputs(*inputs), options)
+    if norm is not None and form is dispatch.TORCH and precision.stays_16_bit(x):
+        # Folded, M z and c would be rounded to 16 bits, and they cancel where the channels of z have means
+        x, options, inputs = norm(x), options._replace(norm_eps=0.0), (*(None,) * 4, alpha, theta, *of_gate)
     with compat.without_autocast(x.device.type):
         if precision.is_tracing():  # the same, in operations that a trace records
             out, c, _ = _forward(x, residual, relu, form, options, Inputs(*inputs))
@@ -116,7 +116,7 @@ def channel_equilibrium(
 
 
 def _forward(
-    x: Tensor, residual: Optional[Tensor], relu: bool, form: kernels.Forms, options: Options, inputs: Inputs
+    x: Tensor, residual: Optional[Tensor], relu: bool, form: dispatch.Forms, options: Options, inputs: Inputs
 ) -> tuple[Tensor, Coefficients, bool]:
     """Return the output, M with its statistics, and whether the map is channels_last."""
     z = form.maps.group(x, options.group_size, options.map_dtype, with_scratch=not precision.is_tracing())
@@ -134,7 +134,7 @@ class _ChannelEquilibrium(torch.autograd.Function):
         x: Tensor,
         residual: Optional[Tensor],
         relu: bool,
-        form: kernels.Forms,
+        form: dispatch.Forms,
         options: Options,
         *inputs: Optional[Tensor],
     ) -> tuple[Optional[Tensor], ...]:

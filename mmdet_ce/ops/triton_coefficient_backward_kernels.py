@@ -6,14 +6,7 @@ Letters and indices as in ``triton_coefficient_kernels``.
 import triton
 import triton.language as tl
 
-from .triton_coefficient_kernels import (
-    SCATTER_UNIT,
-    dot,
-    identity,
-    layer_norm_moments,
-    mean_variance_of,
-    norm_affine,
-)
+from .triton_coefficient_kernels import SCATTER_UNIT, dot, identity, mean_variance_of, norm_affine
 
 
 @triton.jit
@@ -21,7 +14,7 @@ def mixture_backward_kernel(
     d_matrix, d_constant, whitening, batch_scale, gate, normalized, trace, covariance, norm_mean, norm_variance,
     norm_weight, norm_bias, norm_eps, alpha, theta, d_logits, d_affine, d_scalars, d_sigma, num_samples, num_groups,
     length, d: tl.constexpr, num_iterations: tl.constexpr, training: tl.constexpr, has_norm: tl.constexpr,
-    has_weight: tl.constexpr, has_alpha: tl.constexpr,
+    has_alpha: tl.constexpr,
 ):  # fmt: skip
     """From dM to the gate's logits, theta, alpha, a and b, and through P_T and Sigma to the covariance of z."""
     g = tl.program_id(0)
@@ -29,7 +22,7 @@ def mixture_backward_kernel(
     c = g * d + i
     square = i[:, None] * d + i[None, :]
     eye = identity(d)
-    a, b, _ = norm_affine(norm_mean, norm_variance, norm_weight, norm_bias, norm_eps, c, has_norm, has_weight)
+    a, b, _ = norm_affine(norm_mean, norm_variance, norm_weight, norm_bias, norm_eps, c, has_norm)
     p = tl.load(whitening + g * d * d + square)
     s = tl.load(batch_scale)
     lambda_logit = tl.load(theta).to(tl.float32)
@@ -100,50 +93,45 @@ def _newton_derivative(normalized, d_whitening, d: tl.constexpr, num_iterations:
 
 @triton.jit
 def hidden_backward_kernel(
-    d_logits, hidden, ln_weight, ln_bias, fc2, d_normed, d_fc2, num_samples, num_channels, num_hidden,
-    units: tl.constexpr, block: tl.constexpr, max_hidden: tl.constexpr,
+    d_logits, rectified, fc2, d_normed, d_fc2, num_samples, num_channels, num_hidden, units: tl.constexpr,
+    block: tl.constexpr,
 ):  # fmt: skip
     """Through W2 and ReLU: for sample n the gradient before ReLU; in the program after the last sample that of W2."""
     h = tl.program_id(0) * units + tl.arange(0, units)
     n = tl.program_id(1)
     there = h < num_hidden
-    gain = tl.load(ln_weight + h, mask=there, other=0.0).to(tl.float32)
-    bias = tl.load(ln_bias + h, mask=there, other=0.0).to(tl.float32)
     if n < num_samples:
-        mean, rstd = layer_norm_moments(hidden + n * num_hidden, num_hidden, max_hidden)
-        normed = (tl.load(hidden + n * num_hidden + h, mask=there, other=0.0) - mean) * rstd * gain + bias
         total = tl.zeros((block, units), tl.float32)
         for start in range(0, num_channels, block):
             c = start + tl.arange(0, block)
             dl = tl.load(d_logits + n * num_channels + c, mask=c < num_channels, other=0.0)
             inside = (c < num_channels)[:, None] & there[None, :]
             total += dl[:, None] * tl.load(fc2 + c[:, None] * num_hidden + h[None, :], mask=inside, other=0.0)
-        tl.store(d_normed + n * num_hidden + h, tl.where(normed <= 0, 0.0, tl.sum(total, 0)), mask=there)
+        stopped = tl.load(rectified + n * num_hidden + h, mask=there, other=0.0) <= 0
+        tl.store(d_normed + n * num_hidden + h, tl.where(stopped, 0.0, tl.sum(total, 0)), mask=there)
     else:
         for start in range(0, num_channels, block):
             c = start + tl.arange(0, block)
             total = tl.zeros((block, units), tl.float32)
             for k in range(num_samples):
-                mean, rstd = layer_norm_moments(hidden + k * num_hidden, num_hidden, max_hidden)
-                normed = (tl.load(hidden + k * num_hidden + h, mask=there, other=0.0) - mean) * rstd * gain + bias
                 dl = tl.load(d_logits + k * num_channels + c, mask=c < num_channels, other=0.0)
-                total += dl[:, None] * tl.where(normed < 0, 0.0, normed)[None, :]
+                total += dl[:, None] * tl.load(rectified + k * num_hidden + h, mask=there, other=0.0)[None, :]
             inside = (c < num_channels)[:, None] & there[None, :]
             tl.store(d_fc2 + c[:, None] * num_hidden + h[None, :], total, mask=inside)
 
 
 @triton.jit
 def gate_backward_kernel(
-    d_normed, hidden, ln_weight, fc1, sample_means, scatter, center, d_sigma, d_affine, d_scalars, sums, batch_scale,
-    norm_mean, norm_variance, norm_weight, norm_bias, norm_eps, slope, offset, d_norm_weight, d_norm_bias, d_alpha,
-    d_theta, d_fc1, d_ln_weight, d_ln_bias, num_samples, num_groups, num_hidden, length, d: tl.constexpr,
-    max_groups: tl.constexpr, max_hidden: tl.constexpr, block: tl.constexpr, training: tl.constexpr,
-    has_norm: tl.constexpr, has_weight: tl.constexpr, has_alpha: tl.constexpr,
+    d_reduced, ln_unit, fc1, sample_means, scatter, center, d_sigma, d_affine, d_scalars, sums, batch_scale, norm_mean,
+    norm_variance, norm_weight, norm_bias, norm_eps, k_matrix, k_vector, d_norm_weight, d_norm_bias, d_alpha, d_theta,
+    d_fc1, num_samples, num_groups, num_hidden, length, d: tl.constexpr, max_groups: tl.constexpr, block: tl.constexpr,
+    training: tl.constexpr, has_norm: tl.constexpr, has_alpha: tl.constexpr,
 ):  # fmt: skip
-    """Through LayerNorm and W1 to v: for sample n what dx needs; in the program after the last, the parameters."""
+    """Through W1 to v: for sample n what dx needs; in the program after the last, the parameters."""
     g, n = tl.program_id(0), tl.program_id(1)
-    c = g * d + tl.arange(0, d)
-    a, _, rstd = norm_affine(norm_mean, norm_variance, norm_weight, norm_bias, norm_eps, c, has_norm, has_weight)
+    i = tl.arange(0, d)
+    c = g * d + i
+    a, _, rstd = norm_affine(norm_mean, norm_variance, norm_weight, norm_bias, norm_eps, c, has_norm)
     groups = tl.arange(0, max_groups)
     there = groups < num_groups
     by_scale = 0.0
@@ -154,25 +142,23 @@ def gate_backward_kernel(
         by_scale = tl.where(lacks_variance, 0.0, towards / (2 * num_samples * num_groups * d) / (s * s))
     if n < num_samples:
         _dx_coefficients(
-            n, a, by_scale, d_normed, hidden, ln_weight, fc1, sample_means, center, d_sigma, slope, offset, num_groups,
-            num_hidden, length, d, max_hidden, block, training,
+            n, a, by_scale, d_reduced, ln_unit, fc1, sample_means, center, d_sigma, k_matrix, k_vector, num_groups,
+            num_hidden, length, d, block, training,
         )  # fmt: skip
     else:
-        d_a = _gate_parameters(
-            a, d_normed, hidden, ln_weight, fc1, scatter, d_fc1, d_ln_weight, d_ln_bias, num_samples, num_groups,
-            num_hidden, length, d, max_hidden, block, training,
-        )  # fmt: skip
+        d_a = _fc1_backward(
+            a, d_reduced, ln_unit, fc1, scatter, d_fc1, num_samples, num_groups, num_hidden, length, d, block, training
+        )
         if has_norm:
             if training:
                 own = tl.zeros((d,), tl.float32)
                 for k in range(num_samples):
-                    own += tl.load(scatter + (k * num_groups + g) * d * d + tl.arange(0, d) * (d + 1))
+                    own += tl.load(scatter + (k * num_groups + g) * d * d + i * (d + 1))
                 d_a -= 2 * a * by_scale * (own / (tl.maximum(length - 1, 1) / SCATTER_UNIT))
-            d_a += tl.load(d_affine + 2 * g * d + tl.arange(0, d))
-            d_b = tl.load(d_affine + (2 * g + 1) * d + tl.arange(0, d))
-            if has_weight:
-                tl.store(d_norm_weight + c, (d_a - tl.load(norm_mean + c).to(tl.float32) * d_b) * rstd)
-                tl.store(d_norm_bias + c, d_b)
+            d_a += tl.load(d_affine + 2 * g * d + i)
+            d_b = tl.load(d_affine + (2 * g + 1) * d + i)
+            tl.store(d_norm_weight + c, (d_a - tl.load(norm_mean + c).to(tl.float32) * d_b) * rstd)
+            tl.store(d_norm_bias + c, d_b)
         if g == 0:
             tl.store(d_theta, tl.sum(tl.load(d_scalars + 3 * groups, mask=there, other=0.0), 0))
             if has_alpha:
@@ -181,19 +167,18 @@ def gate_backward_kernel(
 
 @triton.jit
 def _dx_coefficients(
-    n, a, by_scale, d_normed, hidden, ln_weight, fc1, sample_means, center, d_sigma, slope, offset, num_groups,
-    num_hidden, length, d: tl.constexpr, max_hidden: tl.constexpr, block: tl.constexpr, training: tl.constexpr,
+    n, a, by_scale, d_reduced, ln_unit, fc1, sample_means, center, d_sigma, k_matrix, k_vector, num_groups,
+    num_hidden, length, d: tl.constexpr, block: tl.constexpr, training: tl.constexpr,
 ):  # fmt: skip
     """Store K and k of the group in sample n."""
     g, i = tl.program_id(0), tl.arange(0, d)
-    mean, rstd, mean_1, mean_2 = _layer_norm_backward(d_normed, hidden, ln_weight, n, num_hidden, max_hidden)
     total = tl.zeros((block, d), tl.float32)
     for start in range(0, num_hidden, block):
         h = start + tl.arange(0, block)
-        d_hidden, _, _ = _d_hidden(d_normed, hidden, ln_weight, n, h, num_hidden, mean, rstd, mean_1, mean_2)
+        there = h < num_hidden
+        dh = tl.load(d_reduced + n * num_hidden + h, mask=there, other=0.0) / tl.load(ln_unit + n)
         tile = h[:, None] * num_groups * d + g * d + i[None, :]
-        w1 = tl.load(fc1 + tile, mask=(h < num_hidden)[:, None], other=0.0)
-        total += d_hidden[:, None] * w1.to(tl.float32)
+        total += dh[:, None] * tl.load(fc1 + tile, mask=there[:, None], other=0.0).to(tl.float32)
     diagonal = 2 * a * a * (tl.sum(total, 0) - by_scale) / tl.maximum(length - 1, 1)
     diagonal = tl.where(length == 1, 0.0, diagonal)  # x = m there
     row = n * num_groups + g
@@ -204,68 +189,33 @@ def _dx_coefficients(
         mu = tl.load(center + g * d + i)
         # of one position, K x - k = K (m - mu) is in k alone
         mu = tl.where(length == 1, mu - m, mu)
-        tl.store(offset + row * d + i, tl.sum(mu[:, None] * ds, 0) + diagonal * m)
+        tl.store(k_vector + row * d + i, tl.sum(mu[:, None] * ds, 0) + diagonal * m)
         ds = tl.where(length == 1, 0.0, ds)
-        tl.store(slope + row * d * d + square, ds + identity(d) * diagonal[:, None])
+        tl.store(k_matrix + row * d * d + square, ds + identity(d) * diagonal[:, None])
     else:
-        tl.store(slope + row * d + i, diagonal)
-        tl.store(offset + row * d + i, diagonal * m)
+        tl.store(k_matrix + row * d + i, diagonal)
+        tl.store(k_vector + row * d + i, diagonal * m)
 
 
 @triton.jit
-def _gate_parameters(
-    a, d_normed, hidden, ln_weight, fc1, scatter, d_fc1, d_ln_weight, d_ln_bias, num_samples, num_groups, num_hidden,
-    length, d: tl.constexpr, max_hidden: tl.constexpr, block: tl.constexpr, training: tl.constexpr,
+def _fc1_backward(
+    a, d_reduced, ln_unit, fc1, scatter, d_fc1, num_samples, num_groups, num_hidden, length, d: tl.constexpr,
+    block: tl.constexpr, training: tl.constexpr,
 ):  # fmt: skip
-    """Store the gradients of W1, the group's columns, and of LayerNorm's weight and bias; return what a gets."""
+    """Store the gradient of W1, the group's columns; return what a gets."""
     g, i = tl.program_id(0), tl.arange(0, d)
     d_a = tl.zeros((d,), tl.float32)
     for start in range(0, num_hidden, block):
         h = start + tl.arange(0, block)
         there = h < num_hidden
         total = tl.zeros((block, d), tl.float32)
-        total_weight = tl.zeros((block,), tl.float32)
-        total_bias = tl.zeros((block,), tl.float32)
-        for k in range(num_samples):
-            mean, rstd, mean_1, mean_2 = _layer_norm_backward(d_normed, hidden, ln_weight, k, num_hidden, max_hidden)
-            d_hidden, by_weight, by_bias = _d_hidden(
-                d_normed, hidden, ln_weight, k, h, num_hidden, mean, rstd, mean_1, mean_2
-            )
-            index = (k * num_groups + g) * d + i
-            if training:
-                index = (k * num_groups + g) * d * d + i * (d + 1)
-            v = tl.load(scatter + index) / (tl.maximum(length - 1, 1) / SCATTER_UNIT)
-            total += d_hidden[:, None] * v[None, :]
-            total_weight += by_weight
-            total_bias += by_bias
+        for n in range(num_samples):
+            row = n * num_groups + g
+            index = row * d * d + i * (d + 1) if training else row * d + i
+            v = tl.load(scatter + index) / (tl.maximum(length - 1, 1) / SCATTER_UNIT) / tl.load(ln_unit + n)
+            total += tl.load(d_reduced + n * num_hidden + h, mask=there, other=0.0)[:, None] * v[None, :]
         tile = h[:, None] * num_groups * d + g * d + i[None, :]
         w1 = tl.load(fc1 + tile, mask=there[:, None], other=0.0).to(tl.float32)
         d_a += 2 * a * tl.sum(w1 * total, 0)
         tl.store(d_fc1 + tile, total * (a * a)[None, :], mask=there[:, None])
-        if g == 0:
-            tl.store(d_ln_weight + h, total_weight, mask=there)
-            tl.store(d_ln_bias + h, total_bias, mask=there)
     return d_a
-
-
-@triton.jit
-def _layer_norm_backward(d_normed, hidden, ln_weight, n, num_hidden, max_hidden: tl.constexpr):
-    """Return LayerNorm's moments in sample n, and the two means that its backward pass subtracts."""
-    mean, rstd = layer_norm_moments(hidden + n * num_hidden, num_hidden, max_hidden)
-    h = tl.arange(0, max_hidden)
-    there = h < num_hidden
-    dn = tl.load(d_normed + n * num_hidden + h, mask=there, other=0.0)
-    dn = dn * tl.load(ln_weight + h, mask=there, other=0.0).to(tl.float32)
-    direction = (tl.load(hidden + n * num_hidden + h, mask=there, other=0.0) - mean) * rstd
-    return mean, rstd, tl.sum(dn, 0) / num_hidden, tl.sum(dn * direction, 0) / num_hidden
-
-
-@triton.jit
-def _d_hidden(d_normed, hidden, ln_weight, n, h, num_hidden, mean, rstd, mean_1, mean_2):
-    """Return the gradients of hidden units h in sample n, and what they add to LayerNorm's weight and bias."""
-    there = h < num_hidden
-    d_out = tl.load(d_normed + n * num_hidden + h, mask=there, other=0.0)
-    dn = d_out * tl.load(ln_weight + h, mask=there, other=0.0).to(tl.float32)
-    direction = (tl.load(hidden + n * num_hidden + h, mask=there, other=0.0) - mean) * rstd
-    d_hidden = tl.where(there, rstd * (dn - mean_1 - direction * mean_2), 0.0)
-    return d_hidden, tl.where(there, d_out * direction, 0.0), d_out

@@ -19,32 +19,15 @@ LEAST_VARIANCE = tl.constexpr(precision.least_variance(torch.float32))
 
 
 @triton.jit
-def norm_affine(mean, variance, weight, bias, eps, channels, has_norm: tl.constexpr, has_weight: tl.constexpr):
+def norm_affine(mean, variance, weight, bias, eps, channels, has_norm: tl.constexpr):
     """Return a and b of the norm x = a z + b, and a / weight."""
     rstd = tl.full(channels.shape, 1.0, tl.float32)
     a, b = rstd, tl.zeros(channels.shape, tl.float32)
     if has_norm:
         rstd = 1 / tl.sqrt_rn(tl.load(variance + channels).to(tl.float32) + eps)
-        a = rstd
-        if has_weight:
-            a = tl.load(weight + channels).to(tl.float32) * rstd
-            b = tl.load(bias + channels).to(tl.float32)
-        b -= tl.load(mean + channels).to(tl.float32) * a
+        a = tl.load(weight + channels).to(tl.float32) * rstd
+        b = tl.load(bias + channels).to(tl.float32) - tl.load(mean + channels).to(tl.float32) * a
     return a, b, rstd
-
-
-@triton.jit
-def layer_norm_moments(hidden, num_hidden, max_hidden: tl.constexpr):
-    """Return mean and reciprocal deviation of a sample's hidden units; the unit keeps large ones from overflow."""
-    h = tl.arange(0, max_hidden)
-    there = h < num_hidden
-    values = tl.load(hidden + h, mask=there, other=0.0)
-    unit = tl.maximum(tl.max(tl.abs(values), 0) / LARGE_VARIANCE, 1.0)
-    values /= unit
-    mean = tl.sum(values, 0) / num_hidden
-    centered = tl.where(there, values - mean, 0.0)
-    deviation = tl.sqrt_rn(tl.sum(centered * centered, 0) / num_hidden + LAYER_NORM_EPS)
-    return mean * unit, 1 / (deviation * unit)
 
 
 @triton.jit
@@ -72,13 +55,13 @@ def identity(d: tl.constexpr):
 def batch_kernel(
     sample_means, scatter, norm_mean, norm_variance, norm_weight, norm_bias, norm_eps, eps, center, mean, covariance,
     normalized, trace, whitening, sums, num_samples, num_groups, length, d: tl.constexpr, num_iterations: tl.constexpr,
-    has_norm: tl.constexpr, has_weight: tl.constexpr,
+    has_norm: tl.constexpr,
 ):  # fmt: skip
     """Sigma of group g from the moments of the samples, and P_T; and what the group adds to the means that s needs."""
     g = tl.program_id(0)
     i = tl.arange(0, d)
     square = i[:, None] * d + i[None, :]
-    a, b, _ = norm_affine(norm_mean, norm_variance, norm_weight, norm_bias, norm_eps, g * d + i, has_norm, has_weight)
+    a, b, _ = norm_affine(norm_mean, norm_variance, norm_weight, norm_bias, norm_eps, g * d + i, has_norm)
     common = tl.zeros((d,), tl.float32)
     variances = tl.zeros((d,), tl.float32)
     squares = tl.zeros((d,), tl.float32)
@@ -120,7 +103,6 @@ def batch_kernel(
 def hidden_kernel(
     scatter, norm_mean, norm_variance, norm_weight, norm_bias, norm_eps, fc1, hidden, num_channels, num_hidden, length,
     d: tl.constexpr, units: tl.constexpr, block: tl.constexpr, training: tl.constexpr, has_norm: tl.constexpr,
-    has_weight: tl.constexpr,
 ):  # fmt: skip
     """W1 v_n, a block of hidden units a program. In evaluation ``scatter`` holds the diagonals alone."""
     h = tl.program_id(0) * units + tl.arange(0, units)
@@ -130,10 +112,9 @@ def hidden_kernel(
         c = start + tl.arange(0, block)
         there = c < num_channels
         c = tl.where(there, c, 0)
-        a, _, _ = norm_affine(norm_mean, norm_variance, norm_weight, norm_bias, norm_eps, c, has_norm, has_weight)
-        index = n * num_channels + c
-        if training:
-            index = index // d * d * d + c % d * (d + 1)
+        a, _, _ = norm_affine(norm_mean, norm_variance, norm_weight, norm_bias, norm_eps, c, has_norm)
+        channel = n * num_channels + c
+        index = channel // d * d * d + c % d * (d + 1) if training else channel
         v = a * a * (tl.load(scatter + index) / (tl.maximum(length - 1, 1) / SCATTER_UNIT))
         v = tl.where(there, v, 0.0)
         w1 = tl.load(fc1 + h[:, None] * num_channels + c[None, :], mask=(h < num_hidden)[:, None], other=0.0)
@@ -144,27 +125,40 @@ def hidden_kernel(
 @triton.jit
 def mixture_kernel(
     hidden, sums, whitening, running_scale, norm_mean, norm_variance, norm_weight, norm_bias, norm_eps, alpha, theta,
-    ln_weight, ln_bias, fc2, matrix, constant, gate, batch_scale, whitening_used, num_samples, num_groups, num_hidden,
-    d: tl.constexpr, max_groups: tl.constexpr, max_hidden: tl.constexpr, block: tl.constexpr, training: tl.constexpr,
-    has_norm: tl.constexpr, has_weight: tl.constexpr, has_alpha: tl.constexpr,
+    ln_weight, ln_bias, fc2, matrix, constant, gate, reduced, rectified, ln_unit, ln_mean, ln_rstd, batch_scale,
+    whitening_used, num_samples, num_groups, num_hidden, d: tl.constexpr, max_groups: tl.constexpr,
+    max_hidden: tl.constexpr, block: tl.constexpr, training: tl.constexpr, has_norm: tl.constexpr,
+    has_alpha: tl.constexpr,
 ):  # fmt: skip
     """The gate of the group's channels in sample n, s, and M_{n,g} with the norm folded in."""
     g, n = tl.program_id(0), tl.program_id(1)
     i = tl.arange(0, d)
     c = g * d + i
     square = i[:, None] * d + i[None, :]
-    hidden_row = hidden + n * num_hidden
-    ln_mean, ln_rstd = layer_norm_moments(hidden_row, num_hidden, max_hidden)
+    every = tl.arange(0, max_hidden)
+    values = tl.load(hidden + n * num_hidden + every, mask=every < num_hidden, other=0.0)
+    unit = tl.maximum(tl.max(tl.abs(values), 0) / LARGE_VARIANCE, 1.0)  # it keeps the squares of large ones finite
+    values /= unit
+    mean = tl.sum(values, 0) / num_hidden
+    centered = tl.where(every < num_hidden, values - mean, 0.0)
+    rstd = 1 / tl.sqrt_rn(tl.sum(centered * centered, 0) / num_hidden + LAYER_NORM_EPS)
+    if g == 0:
+        tl.store(reduced + n * num_hidden + every, values, mask=every < num_hidden)
+        tl.store(ln_unit + n, unit)
+        tl.store(ln_mean + n, mean)
+        tl.store(ln_rstd + n, rstd)
     logits = tl.zeros((d, block), tl.float32)
     for start in range(0, num_hidden, block):
         h = start + tl.arange(0, block)
         there = h < num_hidden
-        normed = (tl.load(hidden_row + h, mask=there, other=0.0) - ln_mean) * ln_rstd
-        normed = normed * tl.load(ln_weight + h, mask=there, other=0.0).to(tl.float32)
+        normed = (tl.load(hidden + n * num_hidden + h, mask=there, other=0.0) / unit - mean) * rstd
+        normed *= tl.load(ln_weight + h, mask=there, other=0.0).to(tl.float32)
         normed += tl.load(ln_bias + h, mask=there, other=0.0).to(tl.float32)
-        rectified = tl.where(normed < 0, 0.0, normed)
+        normed = tl.where(normed < 0, 0.0, normed)
+        if g == 0:
+            tl.store(rectified + n * num_hidden + h, normed, mask=there)
         w2 = tl.load(fc2 + c[:, None] * num_hidden + h[None, :], mask=there[None, :], other=0.0)
-        logits += w2.to(tl.float32) * rectified[None, :]
+        logits += w2.to(tl.float32) * normed[None, :]
     gates = 1 / (1 + tl.exp(-tl.sum(logits, 1)))
     if training:
         mean_variance, lacks_variance = mean_variance_of(sums, num_groups, max_groups)
@@ -180,7 +174,7 @@ def mixture_kernel(
     if has_alpha:
         m = eye + tl.load(alpha).to(tl.float32) * (m - eye)
     if has_norm:
-        a, b, _ = norm_affine(norm_mean, norm_variance, norm_weight, norm_bias, norm_eps, c, has_norm, has_weight)
+        a, b, _ = norm_affine(norm_mean, norm_variance, norm_weight, norm_bias, norm_eps, c, has_norm)
         tl.store(constant + (n * num_groups + g) * d + i, tl.sum(m * b[None, :], 1))
         m = m * a[None, :]
     tl.store(matrix + (n * num_groups + g) * d * d + square, m)

@@ -2,7 +2,7 @@
 
 One program reduces or multiplies a stretch of positions of one channel group of one sample. Both memory formats are
 read and written by their strides, without a copy. The two reductions have two stages and no atomics, so they are
-deterministic: each program writes the sums of its stretch, and a second kernel merges these in a fixed order.
+deterministic: each program writes the sums of its stretch, and these are merged in a fixed order.
 
 Products of 16-bit maps run on the tensor cores in TF32, which is as exact as the maps are; those of float32 maps in
 three TF32 products, which is as exact as float32.
@@ -11,14 +11,13 @@ three TF32 products, which is as exact as float32.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 import triton
 from torch import Tensor
 
 from . import triton_map_kernels as kernels
-from .triton_launch import Slice, carve, room_for, start
 
 
 class Tiling(NamedTuple):
@@ -49,13 +48,6 @@ class StridedMap(NamedTuple):
     channels_last: bool
 
 
-class Stretches(NamedTuple):
-    """How the positions of a map are shared out among programs."""
-
-    length: int  # positions of a program, a multiple of the block
-    count: int  # programs for each sample and group
-
-
 def group(
     x: Tensor,
     group_size: int,
@@ -77,46 +69,34 @@ def group(
 def reduce(x: StridedMap, with_covariance: bool) -> tuple[Tensor, Tensor]:
     """Return the means of each sample's positions and the products summed about them; see ``maps.reduce``."""
     (n, g, length), d = x.shape, x.group_size
-    tiling = tiling_of('reduce' if with_covariance else 'variance', d, x.values.dtype)
-    stretch = _stretches(n * g, length, tiling, x.values.device)
-    means = x.values.new_empty((n, g, d), dtype=torch.float32)
-    scatter = means.new_empty((n, g, d, d) if with_covariance else (n, g, d))
-    partial = means, scatter
-    if stretch.count > 1:
-        partial = _carved(means, (stretch.count, means.numel()), (stretch.count, scatter.numel()))
-    start(
-        kernels.reduce_kernel, (n * g, stretch.count), (x.values, *partial, g, length, stretch.length),
-        (d, tiling.block, x.channels_last, with_covariance, _align(length), _precision(x)), tiling.num_warps,
-    )  # fmt: skip
-    if stretch.count == 1:
-        return means, scatter
-    rows = 256 // d if with_covariance else d
-    start(
-        kernels.merge_moments_kernel, (n * g, d // rows),
-        (*partial, means, scatter, length, stretch.length, stretch.count), (d, rows, MERGED_AT_ONCE, with_covariance),
-    )  # fmt: skip
+    grid, sizes, constants = _plan('reduce' if with_covariance else 'variance', x)
+    count, square = grid[1], (d, d) if with_covariance else (d,)
+    empty = functools.partial(x.values.new_empty, dtype=torch.float32)
+    means, scatter = empty((n, g, d)), empty((n, g, *square))
+    partial = (means, scatter) if count == 1 else (empty((n * g, count, d)), empty((n * g, count, *square)))
+    with torch.cuda.device_of(means):
+        kernels.reduce_kernel[grid](x.values, *partial, *sizes, with_covariance, **constants)
+        if count > 1:
+            rows = 256 // d if with_covariance else d
+            kernels.merge_moments_kernel[(n * g, d // rows)](
+                *partial, means, scatter, length, sizes[-1], count, with_covariance, d, rows, MERGED_AT_ONCE
+            )
     return means, scatter
 
 
 def apply(
-    x: StridedMap, matrix: Tensor, constant: Optional[Tensor], residual: Optional[Tensor] = None, relu: bool = False
+    x: StridedMap, matrix: Tensor, constant: Optional[Tensor], shortcut: Optional[Tensor] = None, relu: bool = False
 ) -> Tensor:
-    """Return relu(M x + c + residual); see ``maps.apply``."""
-    (n, g, length), d = x.shape, x.group_size
-    tiling = tiling_of('apply', d, x.values.dtype)
-    stretch = _stretches(n * g, length, tiling, x.values.device)
+    """Return relu(M x + c + shortcut); see ``maps.apply``."""
+    grid, sizes, constants = _plan('apply', x)
     out = torch.empty_like(x.values)
-    if residual is not None:
-        memory_format = torch.channels_last if x.channels_last else torch.contiguous_format
-        residual = residual.to(out.dtype).contiguous(memory_format=memory_format)
-    start(
-        kernels.apply_kernel, (n * g, stretch.count),
-        (x.values, _small(matrix), _small(constant), residual, out, g, length, stretch.length),
-        (
-            d, tiling.block, x.channels_last, constant is not None, residual is not None, relu, _align(length),
-            _precision(x),
-        ), tiling.num_warps,
-    )  # fmt: skip
+    if shortcut is not None:
+        shortcut = group(shortcut.to(out.dtype), x.group_size, channels_last=x.channels_last).values
+    flags = constant is not None, shortcut is not None, relu
+    with torch.cuda.device_of(out):
+        kernels.apply_kernel[grid](
+            x.values, _small(matrix), _small(constant), shortcut, out, *sizes, *flags, **constants
+        )
     return out
 
 
@@ -124,42 +104,27 @@ def reduce_backward(
     grad: Tensor, x: StridedMap, out: Optional[Tensor] = None, with_constant: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, StridedMap]:
     """Return the gradients of M and of its constant, and that of the shortcut; see ``maps.reduce_backward``."""
-    (n, g, length), d = x.shape, x.group_size
+    (n, g, _), d = x.shape, x.group_size
+    grid, sizes, constants = _plan('reduce_backward', x)
     grad = group(grad, d, channels_last=x.channels_last)
-    tiling = tiling_of('reduce_backward', d, x.values.dtype)
-    stretch = _stretches(n * g, length, tiling, x.values.device)
     dy = grad if out is None else grad._replace(values=torch.empty_like(grad.values))
-    products = x.values.new_empty((n, g, d, d), dtype=torch.float32)
-    sums = products.new_empty((n, g, d))
-    partial = products, sums
-    if stretch.count > 1:
-        partial = _carved(products, (stretch.count, products.numel()), (stretch.count, sums.numel()))
-    start(
-        kernels.reduce_backward_kernel, (n * g, stretch.count),
-        (x.values, grad.values, out, dy.values, *partial, g, length, stretch.length),
-        (d, tiling.block, x.channels_last, out is not None, _align(length), _precision(x)), tiling.num_warps,
-    )  # fmt: skip
-    if stretch.count == 1:
-        return products, sums, dy.values, dy
-    rows = 256 // d
-    start(
-        kernels.merge_sums_kernel, (n * g, d // rows), (*partial, products, sums, stretch.count),
-        (d, rows, MERGED_AT_ONCE),
-    )  # fmt: skip
-    return products, sums, dy.values, dy
+    parts = n * g * d * d, n * g * d  # what a program of the first stage adds to dM, and to dc
+    partial = x.values.new_empty((grid[1], sum(parts)), dtype=torch.float32)
+    with torch.cuda.device_of(partial):
+        kernels.reduce_backward_kernel[grid](
+            x.values, grad.values, out, dy.values, *partial.split(parts, 1), sum(parts), *sizes, out is not None,
+            **constants,
+        )  # fmt: skip
+    d_matrix, d_constant = (partial[0] if grid[1] == 1 else partial.sum(0)).split(parts)
+    return d_matrix.view(n, g, d, d), d_constant.view(n, g, d), dy.values, dy
 
 
-def apply_backward(dy: StridedMap, x: StridedMap, matrix: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
+def apply_backward(dy: StridedMap, x: StridedMap, matrix: Tensor, k_matrix: Tensor, k_vector: Tensor) -> Tensor:
     """Return dx = M^T dy + K x - k; see ``maps.apply_backward``."""
-    (n, g, length), d = x.shape, x.group_size
-    tiling = tiling_of('apply_backward', d, x.values.dtype)
-    stretch = _stretches(n * g, length, tiling, x.values.device)
-    dx = torch.empty_like(x.values)
-    start(
-        kernels.apply_backward_kernel, (n * g, stretch.count),
-        (dy.values, x.values, _small(matrix), _small(slope), _small(offset), dx, g, length, stretch.length),
-        (d, tiling.block, x.channels_last, slope.dim() == 4, _align(length), _precision(x)), tiling.num_warps,
-    )  # fmt: skip
+    grid, sizes, constants = _plan('apply_backward', x)
+    dx, small = torch.empty_like(x.values), map(_small, (matrix, k_matrix, k_vector))
+    with torch.cuda.device_of(dx):
+        kernels.apply_backward_kernel[grid](dy.values, x.values, *small, dx, *sizes, k_matrix.dim() == 4, **constants)
     return dx
 
 
@@ -168,35 +133,31 @@ def _small(tensor: Optional[Tensor]) -> Optional[Tensor]:
     return None if tensor is None else tensor.to(torch.float32).contiguous()
 
 
-def _carved(like: Tensor, *shapes: tuple[int, ...]) -> list[Slice]:
-    return carve(like.new_empty(room_for(*shapes)), *shapes)
-
-
 def tiling_of(name: str, d: int, dtype: torch.dtype) -> Tiling:
     """Return how the kernel of a pass covers a map; half as much of a float32 one where shared memory would not do."""
     tiling = TILINGS[name][d]
-    halved = d == 64 and dtype == torch.float32 and name.endswith('backward')
+    halved = d >= 32 and dtype == torch.float32 and name.endswith('backward')
     return tiling._replace(block=tiling.block // 2) if halved else tiling
 
 
-def _precision(x: StridedMap) -> str:
-    return 'tf32x3' if x.values.dtype == torch.float32 else 'tf32'
+def _plan(name: str, x: StridedMap) -> tuple[tuple[int, int], tuple[int, int, int], dict[str, Any]]:
+    """Return what a launch of a pass is given: the grid, its sizes, and the constants that it is compiled for.
 
-
-def _align(length: int) -> int:
-    """Return the power of two up to 16 that divides ``length``: it decides how wide the loads of a row can be."""
-    return min(length & -length, 16)
-
-
-@functools.lru_cache(maxsize=None)
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == 'cuda' else 1
-
-
-@functools.lru_cache(maxsize=4096)
-def _stretches(rows: int, length: int, tiling: Tiling, device: torch.device) -> Stretches:
-    """Share the positions out: enough programs to fill the device, no more than there are blocks."""
+    The positions are shared out among enough programs to fill the device, but no more than there are blocks.
+    """
+    (n, g, length), dtype, device = x.shape, x.values.dtype, x.values.device
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == 'cuda' else 1
+    tiling, align = tiling_of(name, x.group_size, dtype), min(length & -length, 16)  # 16, or what power of 2 divides L
     blocks = triton.cdiv(length, tiling.block)
-    wanted = triton.cdiv(tiling.programs * _multiprocessors(device), rows)
-    per_program = triton.cdiv(blocks, min(wanted, blocks))
-    return Stretches(per_program * tiling.block, triton.cdiv(blocks, per_program))
+    wanted = triton.cdiv(tiling.programs * processors, n * g)
+    blocks_of_program = triton.cdiv(blocks, min(wanted, blocks))
+    constants = dict(
+        d=x.group_size,
+        block=tiling.block,
+        channels_last=x.channels_last,
+        align=align,
+        precision='tf32x3' if dtype == torch.float32 else 'tf32',
+        num_warps=tiling.num_warps,
+    )
+    grid = n * g, triton.cdiv(blocks, blocks_of_program)
+    return grid, (g, length // align, blocks_of_program * tiling.block), constants

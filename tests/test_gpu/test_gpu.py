@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from mmengine.optim import AmpOptimWrapper
+from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from utils import assert_agree, randomize, reference
 
 from mmdet_ce import CEResNet, ChannelEquilibrium
@@ -22,7 +21,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 @pytest.mark.parametrize('training', [True, False])
-def test_golden_network(golden, fill, training):
+def test_golden_network(golden, fill, training, monkeypatch):
     """The released ResNet-50; in training float32 rounding of the input alone moves the last stage by 2e-4."""
     shapes = json.loads((golden / 'official_resnetv1ce50_keys.json').read_text())
     official = {name: torch.from_numpy(np.asarray(fill(name, shape))) for name, shape in shapes.items()}
@@ -30,11 +29,8 @@ def test_golden_network(golden, fill, training):
     backbone.load_state_dict(convert_official_state_dict(official))
     backbone.cuda().train(training)
     values = np.load(golden / f'ce_resnet50_{"train" if training else "eval"}.npz')
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        outs = backbone(torch.as_tensor(values['x']).cuda())
-    finally:
-        torch.backends.cudnn.allow_tf32 = True
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
+    outs = backbone(torch.as_tensor(values['x']).cuda())
     for name, out in zip(('c2', 'c3', 'c4', 'c5'), outs):
         assert_agree(out.detach().cpu(), values[name], 1e-3 if training and name == 'c5' else 2e-4, name)
 
@@ -49,20 +45,18 @@ TOLERANCES = {torch.float32: (5e-5, 2e-5), torch.bfloat16: (1e-2, 2e-2), torch.f
 @pytest.mark.parametrize('folded', [True, False])
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize('tf32', [True, False])
-def test_a_layer_agrees_with_float64(dtype, training, folded, memory_format, tf32):
+def test_a_layer_agrees_with_float64(dtype, training, folded, memory_format, tf32, monkeypatch):
     """Output, all gradients and running values; TF32 may reach the products over the map and nothing else."""
     norm, ce = randomize(nn.BatchNorm2d(64)).eval(), randomize(ChannelEquilibrium(64), seed=1).train(training)
-    x, grad = (torch.randn(2, 64, 17, 20).to(dtype).to(memory_format=memory_format) for _ in range(2))
+    x, grad = torch.randn(2, 64, 17, 20) + 3 * torch.randn(1, 64, 1, 1), torch.randn(2, 64, 17, 20)
+    x, grad = (t.to(dtype).to(memory_format=memory_format) for t in (x, grad))
     norm64, ce64, x64 = copy.deepcopy(norm).double(), copy.deepcopy(ce).double(), x.double().requires_grad_()
     expected = reference(ce64, norm64(x64) if folded else x64)
     expected.out.backward(grad.double())
     norm, ce, x = norm.cuda(), ce.cuda(), x.cuda().requires_grad_()
-    torch.backends.cuda.matmul.allow_tf32 = tf32
-    try:
-        out = ce(x, norm if folded else None)
-        out.backward(grad.cuda())
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = False
+    monkeypatch.setattr(torch.backends.cuda.matmul, 'allow_tf32', tf32)
+    out = ce(x, norm if folded else None)
+    out.backward(grad.cuda())
     small, large = (max(tolerance, 2e-3 * tf32) for tolerance in TOLERANCES[dtype])
     assert_agree(out.detach().cpu(), expected.out.detach(), large, 'out')
     assert_agree(x.grad.cpu(), x64.grad, large, 'x')
@@ -75,105 +69,33 @@ def test_a_layer_agrees_with_float64(dtype, training, folded, memory_format, tf3
             assert_agree(buffer.cpu(), exact, tolerance, name)
 
 
-def network(**kwargs) -> CEResNet:
-    torch.manual_seed(0)
-    return CEResNet(18, base_channels=32, frozen_stages=-1, norm_eval=False, **kwargs).cuda().train()
-
-
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
 def test_amp_trains_as_float32_does(dtype):
-    """mmengine's AmpOptimWrapper: 20 steps on one batch end near the loss of float32."""
-    images = torch.randn(4, 3, 128, 128, device='cuda')
-    losses = {}
-    for name in (dtype, 'float32'):
-        model = network()
-        target = torch.randn(4, 256, 4, 4, device='cuda', generator=torch.Generator('cuda').manual_seed(0))
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-        if name == 'float32':
-            for _ in range(20):
-                optimizer.zero_grad()
-                loss = (model(images)[-1] - target).square().mean()
-                loss.backward()
-                optimizer.step()
-        else:
-            wrapper = AmpOptimWrapper(dtype=dtype, optimizer=optimizer)
-            for _ in range(20):
-                with wrapper.optim_context(model):
-                    loss = (model(images)[-1].float() - target).square().mean()
-                wrapper.update_params(loss)
-        losses[name] = loss.item()
+    """20 steps on one batch end near the loss of float32."""
+    images, target = torch.randn(4, 3, 128, 128, device='cuda'), torch.randn(4, 256, 4, 4, device='cuda')
+    losses = []
+    for wrap in (functools.partial(AmpOptimWrapper, dtype=dtype), OptimWrapper):
+        torch.manual_seed(0)
+        model = CEResNet(18, base_channels=32, frozen_stages=-1, norm_eval=False).cuda().train()
+        wrapper = wrap(optimizer=torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9))
+        for _ in range(20):
+            with wrapper.optim_context(model):
+                loss = (model(images)[-1].float() - target).square().mean()
+            wrapper.update_params(loss)
+        losses.append(loss.item())
         assert all(torch.isfinite(t).all() for t in model.state_dict().values())
-    assert losses[dtype] == pytest.approx(losses['float32'], rel=0.05), losses
-
-
-@pytest.mark.parametrize('training', [True, False])
-def test_memory_formats_agree(training):
-    model = network().train(training)
-    other = copy.deepcopy(model)
-    images = torch.randn(2, 3, 64, 96, device='cuda')
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        outs, others = model(images), other(images.to(memory_format=torch.channels_last))
-    finally:
-        torch.backends.cudnn.allow_tf32 = True
-    for a, b in zip(outs, others):
-        assert_agree(b.detach().cpu(), a.detach().cpu(), 1e-3)
-
-
-@pytest.mark.parametrize('training', [True, False])
-def test_compiles_without_a_graph_break(training):
-    norm = randomize(nn.BatchNorm2d(64)).eval().cuda()
-    ce = randomize(ChannelEquilibrium(64), seed=1).cuda().train(training)
-    eager = copy.deepcopy(ce)
-    x, shortcut = (torch.randn(2, 64, 17, 20, device='cuda', requires_grad=True) for _ in range(2))
-    compiled = torch.compile(lambda x, shortcut: ce(x, norm, shortcut, relu=True), fullgraph=True, backend='aot_eager')
-    out = compiled(x, shortcut)
-    out.square().sum().backward()
-    grads, x.grad, shortcut.grad = (x.grad, shortcut.grad), None, None
-    expected = eager(x, norm, shortcut, relu=True)
-    expected.square().sum().backward()
-    assert_agree(out.detach().cpu(), expected.detach().cpu(), 1e-5)
-    for a, b in zip(grads, (x.grad, shortcut.grad)):
-        assert_agree(a.cpu(), b.cpu(), 1e-4)
-
-
-def ddp_worker(rank: int, world: int, store: str) -> None:
-    dist.init_process_group('nccl', init_method=f'file://{store}', rank=rank, world_size=world)
-    torch.cuda.set_device(rank)
-    model = DistributedDataParallel(network(ce_cfg=dict(num_channels=16, sync=True)), device_ids=[rank])
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    for _ in range(3):
-        optimizer.zero_grad()
-        loss = sum(out.square().mean() for out in model(torch.randn(2, 3, 64, 64, device='cuda')))
-        loss.backward()
-        optimizer.step()
-    assert torch.isfinite(loss)
-    statistics = model.module.layer1[0].ce.bd.running_whitening
-    gathered = [torch.empty_like(statistics) for _ in range(world)]
-    dist.all_gather(gathered, statistics)
-    assert all(torch.equal(t, gathered[0]) for t in gathered)
-    dist.destroy_process_group()
-
-
-def test_ddp_over_nccl(tmp_path):
-    """With as many GPUs as there are."""
-    world = torch.cuda.device_count()
-    torch.multiprocessing.spawn(ddp_worker, (world, str(tmp_path / 'store')), nprocs=world)
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
 def test_a_layer_keeps_little_more_than_its_input_and_output():
-    norm = nn.BatchNorm2d(256).eval().cuda()
-    ce = ChannelEquilibrium(256).cuda()
+    norm, ce = nn.BatchNorm2d(256).eval().cuda(), ChannelEquilibrium(256).cuda()
     x, shortcut = (torch.randn(2, 256, 100, 100, device='cuda', dtype=torch.bfloat16) for _ in range(2))
     size = x.numel() * x.element_size()
-    x.requires_grad_()
-    torch.cuda.synchronize()
+    ce(x.requires_grad_(), norm, shortcut, relu=True).sum().backward()  # the check at first use
     before = torch.cuda.memory_allocated()
     out = ce(x, norm, shortcut, relu=True)
-    kept = torch.cuda.memory_allocated() - before
-    assert kept <= 1.1 * size, f'{kept / size:.2f} maps'
+    kept = (torch.cuda.memory_allocated() - before) / size
     torch.cuda.reset_peak_memory_stats()
     out.sum().backward()
-    limit = 5 if os.environ.get('MMDET_CE_KERNELS') == 'triton' else 9
     peak = (torch.cuda.max_memory_allocated() - before) / size
-    assert peak <= limit, f'{peak:.2f} maps'
+    assert kept <= 1.1 and peak <= (5 if os.environ.get('MMDET_CE_KERNELS') == 'triton' else 9), (kept, peak)
