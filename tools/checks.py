@@ -32,7 +32,7 @@ def find_problems(cfg: Config, splits: Sequence[str]) -> list[str]:
     problems = [problem for place, part in data.items() for problem in _data_problems(part, place)]
     if cfg.get('load_from') and _is_missing(cfg.load_from):
         problems.append(f'checkpoint {cfg.load_from} not found; expected a file that a training wrote')
-    classes = next(filter(None, map(_classes, data.values())), ())
+    classes = next((found for found in map(_classes, data.values()) if isinstance(found, tuple)), ())
     for place, part in parts.items():
         if place.startswith('model.'):
             problems += _type_problems(str(part.get('type')), cfg.get('custom_imports') or {})
@@ -62,8 +62,9 @@ def _type_problems(kind: str, imports: dict) -> list[str]:
     name = re.sub(r'^mmdet\.', '', kind)
     if name in CE_TYPES and not imports.get('imports'):  # a module of the user's own may import mmdet_ce
         return [f"{name} needs this line: custom_imports = dict(imports=['mmdet_ce'], allow_failed_imports=False)"]
-    near = get_close_matches(name, CE_TYPES, 1) if name[:2].upper() == 'CE' and not MODELS.get(name) else []
-    return [f'type={name!r} is not registered; the nearest name is {known}' for known in near]
+    known = {known.lower(): known for known in CE_TYPES}
+    near = get_close_matches(name.lower(), known, 1) if name[:2].upper() == 'CE' and not MODELS.get(name) else []
+    return [f'type={name!r} is not registered; the nearest name is {known[match]}' for match in near]
 
 
 def _weights_problems(path: str, place: str) -> list[str]:

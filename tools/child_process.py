@@ -19,13 +19,9 @@ SIGNALS = {signal.SIGINT: 35, signal.SIGTERM: 5, signal.SIGKILL: None}
 
 
 def run_logged(command: list[str], log: Path, watch: Callable[[str], None] = lambda line: None, **options: Any) -> None:
-    """Run a command and append its output to a file; if it fails, show the end of that and exit with its status.
+    """Run a command and append its output to a file; if it fails, show the end of that and exit.
 
-    Args:
-        command: The command line.
-        log: The file.
-        watch: Called with each line of the output.
-        **options: What else subprocess.Popen takes.
+    ``watch`` is called with each line of the output. Options are those of subprocess.Popen.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
@@ -34,10 +30,12 @@ def run_logged(command: list[str], log: Path, watch: Callable[[str], None] = lam
         # a group of its own, so that Ctrl-C reaches it once, and what ignores it can be ended with its workers
         process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True, **options)
         try:
-            while process.poll() is None:
-                time.sleep(0.1)
+            running = True
+            while running:
+                running = process.poll() is None
                 for line in reader:
                     watch(line)
+                time.sleep(0.1 if running else 0)
         finally:
             for number, seconds in SIGNALS.items():
                 if process.poll() is None:

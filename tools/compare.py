@@ -159,6 +159,7 @@ def draw(trainings: list[Training], path: Path) -> None:
             axis.plot(*zip(*sorted(points.items())), '.-', color=colors[name], label=None if name in seen else name)
             seen.add(name)
         axis.set(title=title, xlabel='epoch')
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
     figure.axes[0].legend()
     figure.savefig(path, dpi=120)

@@ -1,26 +1,20 @@
-"""Odd and damaged images and annotations, through the framework's own data pipeline and a real detector."""
+"""Odd images and annotations, through the framework's own data pipeline and a real detector."""
 
 from __future__ import annotations
 
 import io
 import json
 import math
-import re
-import sys
-from functools import partial
-from pathlib import Path
 
-import framework_tool
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from make_shapes_dataset import CLASSES, make_dataset
+from make_shapes_dataset import CLASSES
 from mmdet.registry import DATASETS, METRICS, MODELS
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from PIL import Image
-from utils import call
 
 DEMO = ROOT / 'configs' / 'demo' / 'mask-rcnn_r18-ce_fpn_8e_shapes.py'
 
@@ -101,35 +95,6 @@ def test_large_and_narrow_images(build, model):
     assert len(build('train', images, annotations)) == 1
 
 
-@pytest.mark.parametrize(
-    'content, size, workers, message',
-    [
-        (picture(kind='JPEG')[:400], (64, 64), 0, 'image {} is damaged or no image'),
-        (b'no image', (64, 64), 0, 'image {} is damaged or no image'),
-        (b'', (64, 64), 0, 'an image file is empty'),
-        (None, (64, 64), 0, 'image {} not found'),
-        (None, (64, 64), 1, 'image {} not found'),  # from a worker the exception arrives as text
-        (picture(size=(1, 5000)), (1, 5000), 0, 'an image is so narrow that resizing leaves it no pixel'),
-    ],
-)
-def test_damaged_images_are_named(content, size, workers, message, build, tmp_path):
-    dataset = build('test', [(content or b'', *size)], [])
-    if content is None:
-        (tmp_path / '0').unlink()
-    loader = torch.utils.data.DataLoader(dataset, num_workers=workers, collate_fn=pseudo_collate)
-    with pytest.raises(Exception) as info:  # noqa: B017, PT011
-        next(iter(loader))
-    problem = framework_tool.image_error(info.value)
-    assert problem.startswith(message.format(tmp_path / '0')) and '\n' not in problem
-
-
-def test_other_errors_are_left_alone():
-    try:
-        raise FileNotFoundError(2, 'No such file or directory', 'elsewhere')
-    except FileNotFoundError as error:
-        assert framework_tool.image_error(error) is None
-
-
 def test_odd_annotations_are_left_out(build, model):
     """No objects, crowd alone, boxes outside the image, without area or NaN, a category the config lacks."""
     images = [(picture(), 64, 64)] * 6
@@ -159,32 +124,3 @@ def test_evaluation_without_objects(build, model, tmp_path):
         results = model.eval().test_step(pseudo_collate([dataset[0]]))
     metric.process({}, [result.to_dict() for result in results])
     assert metric.evaluate(1)['coco/bbox_mAP'] == -1, "COCO's value for nothing to find"
-
-
-@pytest.mark.slow
-def test_a_damaged_image_costs_no_checkpoint(tmp_path, monkeypatch):
-    """It appears after the first epoch, as on a failing disk."""
-    monkeypatch.chdir(tmp_path)
-    Path('data').mkdir()
-    make_dataset(Path('data/shapes'), train=2, val=1, size=64)
-    image = Path('data/shapes/train/000002.png')
-    options = ['train_cfg.val_interval=9', 'train_dataloader.num_workers=0', 'train_dataloader.batch_size=1']
-    options += ['train_dataloader.persistent_workers=False', 'train_dataloader.dataset.filter_cfg=None']
-
-    def train(epochs: int) -> object:
-        arguments = [DEMO, '--work-dir', 'run', '--resume', '--cfg-options', *options]
-        return call(partial(framework_tool.run, 'train.py'), *arguments, f'train_cfg.max_epochs={epochs}')
-
-    assert train(1) is None
-    before = Path('run/epoch_1.pth').read_bytes()
-    image.write_bytes(image.read_bytes()[:50])
-    message = f'error: image {image} is damaged or no image; .* continues with --resume'
-    assert re.fullmatch(message, train(2))
-    assert Path('run/epoch_1.pth').read_bytes() == before and not Path('run/epoch_2.pth').exists()
-
-
-def test_a_setuptools_without_pkg_resources_gets_advice(monkeypatch):
-    """mmengine needs it for each config that inherits from an installed package."""
-    monkeypatch.setitem(sys.modules, 'pkg_resources', None)
-    message = call(partial(framework_tool.run, 'train.py'), ROOT / 'configs' / 'ce' / 'retinanet_r50-ce_fpn_1x_coco.py')
-    assert re.fullmatch(r'error: \S+ inherits from an installed package, [^\n]+ pip install "setuptools<82"', message)
