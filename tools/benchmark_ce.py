@@ -115,7 +115,10 @@ def time_models(title: str, models: dict[str, nn.Module], x: Tensor, args: argpa
         torch.cuda.reset_peak_memory_stats()
         step()
         peaks[name] = torch.cuda.max_memory_allocated() / 1e6
-    tested = {name: (lambda model=model: inference(model.eval(), x, args.autocast)) for name, model in models.items()}
+    tested = {}
+    for name, model in models.items():
+        model.eval()  # mmdet's returns nothing
+        tested[name] = lambda model=model: inference(model, x, args.autocast)
     forward = ratios(interleaved(tested, args.rounds, synchronize))
     columns = ['train step, ms', 'ratio (quartiles)', 'inference, ms', 'ratio (quartiles)', 'saved for backward, MB']
     columns += ['ratio', *(['peak MB'] if on_gpu else [])]

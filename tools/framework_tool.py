@@ -32,7 +32,9 @@ def run(name: str) -> None:
     exit_on_problems(train_problems(cfg, args) if name == 'train.py' else test_problems(cfg, args))
     try:
         tool['main']()
-    except KeyboardInterrupt:
+    except BaseException as error:  # mmengine's pretty_text makes another one of Ctrl-C
+        if not isinstance(error, KeyboardInterrupt) and not isinstance(error.__context__, KeyboardInterrupt):
+            raise
         if get_rank() == 0:
             print(f'\nstopped{continuation(args) if name == "train.py" else ""}', file=sys.stderr)
         sys.exit(130)

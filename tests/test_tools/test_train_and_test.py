@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
     """A working directory with a tiny shapes data set where the demo's config looks for it."""
     folder = tmp_path_factory.mktemp('work')
     (folder / 'data').mkdir()
-    make_dataset(folder / 'data' / 'shapes', train=8, val=4)
+    make_dataset(folder / 'data' / 'shapes', train=8, val=6)
     return folder
 
 
@@ -109,11 +109,11 @@ def test_ctrl_c_says_the_epoch_and_what_continues(folder):
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
     last = log.read_text().splitlines()[-1]
-    assert re.match(r'stopped in epoch [3-6]\. To continue: python \S+train\.py', last)
+    assert re.match(r'stopped in epoch [2-6]\. To continue: python \S+train\.py', last)
     assert 'Traceback' not in log.read_text()
     *command, resume = shlex.split(last.partition('To continue: python ')[2])
     text = output(run(*command, 'train_cfg.max_epochs=6', resume, cwd=folder))
-    assert re.search('resumed epoch: [2-5]', text)
+    assert re.search('resumed epoch: [1-5]', text)
 
 
 @pytest.mark.parametrize(
