@@ -6,13 +6,10 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, Optional
 
-# mmengine's own, at every start and in every worker; it says nothing about the user's run
-warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
+warnings.filterwarnings('ignore', message='pkg_resources is deprecated')  # mmengine's, at every start of a worker too
 os.environ.setdefault('PYTHONWARNINGS', 'ignore:pkg_resources is deprecated:UserWarning')
-# An OpenMP thread that waits for its next task spins, for milliseconds. Where other processes want the cores too, that
-# makes a step many times slower; spinning briefly costs nothing where they do not.
+# OpenMP's waiting threads spin: for long, a step is many times slower where other processes want the cores too
 if 'OMP_WAIT_POLICY' not in os.environ:
     os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 
@@ -33,7 +30,7 @@ def exit_on_problems(problems: list[str]) -> None:
         sys.exit('\n'.join(lines))
 
 
-def read_config(path: str | Path, options: Optional[dict[str, Any]] = None) -> Config:
+def read_config(path: str | Path, options: dict | None = None) -> Config:
     """Read a config and merge the options of the command line; exit with one line if there is no such file."""
     if not Path(path).is_file():
         exit_on_problems([f'config {path} not found; python -m mmdet_ce configs lists the shipped ones'])

@@ -21,7 +21,7 @@ from torch import distributed as dist
 
 def run(name: str) -> None:
     """Run the framework's ``tools/<name>`` ('train.py' or 'test.py') with this process's command line."""
-    config = next((word for word in sys.argv[1:] if word.endswith('.py')), None)
+    config = next((word for word in sys.argv[1:] if word.endswith('.py') and '=' not in word), None)
     cfg = read_config(config) if config else Config()  # without: --help, or the framework says what is missing
     framework = 'mmpretrain' if cfg.get('default_scope') == 'mmpretrain' else 'mmdet'
     package = Path(importlib.import_module(framework).__file__).resolve().parent
@@ -29,24 +29,22 @@ def run(name: str) -> None:
     tool = runpy.run_path(str(tool if tool.is_file() else package.parent / 'tools' / name))
     args = tool['parse_args']()
     cfg.merge_from_dict(args.cfg_options or {})
-    exit_on_problems(train_problems(cfg, args) if name == 'train.py' else test_problems(cfg, args))
+    cfg.load_from = vars(args).get('checkpoint') or cfg.get('load_from')  # a test names one
+    exit_on_problems(train_problems(cfg, args) if name == 'train.py' else find_problems(cfg, ['test']))
     try:
         tool['main']()
     except BaseException as error:  # mmengine's pretty_text makes another one of Ctrl-C
         if not isinstance(error, KeyboardInterrupt) and not isinstance(error.__context__, KeyboardInterrupt):
             raise
+        epoch = MessageHub.get_current_instance().get_info('epoch', 0) + 1
+        command = shlex.join(['python', *sys.argv]) if args.launcher == 'none' else 'the same command with'
+        resume = '' if vars(args).get('resume') == 'auto' else ' --resume'
         if get_rank() == 0:
-            print(f'\nstopped{continuation(args) if name == "train.py" else ""}', file=sys.stderr)
+            print('\nstopped', f'in epoch {epoch}. To continue: {command}{resume}' if name == 'train.py' else '')
         sys.exit(130)
     if dist.is_available() and dist.is_initialized():  # a thread of gloo's that is still there at exit can abort
         gc.collect()  # the model holds the group, whose threads end when nothing holds it any more
         dist.destroy_process_group()
-
-
-def test_problems(cfg: Config, args: argparse.Namespace) -> list[str]:
-    """Return the problems of a test."""
-    cfg.load_from = args.checkpoint
-    return find_problems(cfg, ['test'])
 
 
 def train_problems(cfg: Config, args: argparse.Namespace) -> list[str]:
@@ -60,10 +58,3 @@ def train_problems(cfg: Config, args: argparse.Namespace) -> list[str]:
     if last.is_file() and not (args.resume or cfg.get('resume')):
         problems.append(f'{last} is the end of a training. Did you mean --resume, or another --work-dir?')
     return problems
-
-
-def continuation(args: argparse.Namespace) -> str:
-    """Say in which epoch a training was stopped and what continues it."""
-    epoch = MessageHub.get_current_instance().get_info('epoch', 0) + 1
-    command = shlex.join(['python', *sys.argv]) if args.launcher == 'none' else 'the same command with'
-    return f' in epoch {epoch}. To continue: {command}{"" if args.resume == "auto" else " --resume"}'

@@ -133,7 +133,7 @@ def test_other_classes_are_refused_with_the_line_to_write(names, classes, cfg, w
     if classes is not COCO:
         own_classes(cfg, classes)
     (problem,) = find_problems(cfg, ['train'])
-    assert f'Write metainfo=dict(classes={tuple(names)})' in problem and f'num_classes={len(names)} ' in problem
+    assert f'write metainfo=dict(classes={tuple(names)})' in problem and f'num_classes={len(names)} ' in problem
     assert 'train_dataloader.dataset has the classes' in problem
 
 
