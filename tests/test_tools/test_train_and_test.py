@@ -18,11 +18,13 @@ import pytest
 import torch
 from conftest import ROOT
 from make_shapes_dataset import make_dataset
+from mmengine.runner import CheckpointLoader
 from tool_runs import DEMO, MMDET_TOOLS, SMALL, output, run, start
 from utils import call, is_running, wait_until
 
 pytestmark = pytest.mark.slow
 one_worker = pytest.mark.xdist_group('trained')  # what a demo trained serves all of these
+load = CheckpointLoader.load_checkpoint
 run_train, run_test = (partial(framework_tool.run, f'{name}.py') for name in ('train', 'test'))
 
 
@@ -82,7 +84,7 @@ def test_mmdets_own_tools_resume_and_test(demonstrated, folder):
     arguments = [DEMO, '--work-dir', 'run', '--resume']
     text = output(run(MMDET_TOOLS / 'train.py', *arguments, options=options, cwd=folder))
     assert 'resumed epoch: 1, iter: 2' in text
-    first, second = (torch.load(f'run/epoch_{n}.pth', weights_only=True)['state_dict'] for n in (1, 2))
+    first, second = (load(f'run/epoch_{n}.pth', 'cpu')['state_dict'] for n in (1, 2))
     key = 'backbone.layer1.0.ce.bd.running_whitening'
     assert not torch.equal(first[key], second[key])
     text = output(run(MMDET_TOOLS / 'test.py', DEMO, 'run/epoch_2.pth', options=SMALL, cwd=folder))
@@ -93,7 +95,7 @@ def test_mmdets_own_tools_resume_and_test(demonstrated, folder):
 def test_calibrate_changes_statistics_only(demonstrated, folder):
     arguments = [DEMO, 'run/epoch_1.pth', 'calibrated.pth', '--num-batches', 2, '--cfg-options', *SMALL]
     assert call(calibrate.main, *arguments) is None
-    before, after = (torch.load(path, weights_only=True) for path in ('run/epoch_1.pth', 'calibrated.pth'))
+    before, after = (load(path, 'cpu') for path in ('run/epoch_1.pth', 'calibrated.pth'))
     assert before.keys() == after.keys() and before['state_dict'].keys() == after['state_dict'].keys()
     changed = {key for key, t in before['state_dict'].items() if not torch.equal(t, after['state_dict'][key])}
     expected = {'bd.running_mean', 'bd.running_whitening', 'ir.running_scale'}
