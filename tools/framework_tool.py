@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import gc
 import importlib
 import runpy
@@ -26,6 +25,7 @@ def run(name: str) -> None:
     framework = 'mmpretrain' if cfg.get('default_scope') == 'mmpretrain' else 'mmdet'
     package = Path(importlib.import_module(framework).__file__).resolve().parent
     tool = package / '.mim' / 'tools' / name  # in its wheel, else in the clone that it was installed from
+    importlib.import_module('mmdet_ce')  # with it torch reads the checkpoints of trainings, those of plain networks too
     tool = runpy.run_path(str(tool if tool.is_file() else package.parent / 'tools' / name))
     args = tool['parse_args']()
     cfg.merge_from_dict(args.cfg_options or {})
@@ -47,7 +47,7 @@ def run(name: str) -> None:
         dist.destroy_process_group()
 
 
-def train_problems(cfg: Config, args: argparse.Namespace) -> list[str]:
+def train_problems(cfg: Config, args) -> list[str]:
     """Return the problems of a training."""
     if args.resume:
         cfg.load_from = None if args.resume == 'auto' else args.resume

@@ -79,7 +79,7 @@ def test_trains_once_continues_and_refuses(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     make_dataset(tmp_path / 'data' / 'shapes', train=8, val=4)
     options = [*SMALL, 'train_cfg.max_epochs=3', 'train_cfg.val_interval=3', 'train_dataloader.batch_size=4']
-    options += ['default_hooks.logger.interval=1']
+    options += ['default_hooks.logger.interval=1', 'custom_imports.imports=[]']  # as mmdet's own configs
     arguments = ['--run', 'plain', PLAIN, 'model.backbone.depth=18', '--out-dir', 'out', '--cfg-options', *options]
     seed = tmp_path / 'out' / 'plain' / 'seed_0'
 
