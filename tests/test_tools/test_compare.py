@@ -84,7 +84,8 @@ def test_trains_once_continues_and_refuses(tmp_path, monkeypatch, capfd):
     seed = tmp_path / 'out' / 'plain' / 'seed_0'
 
     process, _ = start(TOOLS / 'compare.py', *arguments, cwd=tmp_path)
-    assert wait_until(lambda: (seed / 'epoch_1.pth').is_file(), 120)
+    last = seed / 'last_checkpoint'
+    assert wait_until(lambda: last.is_file() and last.read_text(), 120)
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 1 and 'stopped in epoch ' in (seed / 'output.txt').read_text()
     assert not (seed / 'epoch_3.pth').exists()
