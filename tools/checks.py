@@ -84,8 +84,8 @@ def _data_problems(part: dict, place: str) -> Iterator[str]:
     # mmdet takes the categories that it finds, and numbers them in the order of the file
     elif names is not None and tuple(name for name in names if name in classes) != classes:
         yield (
-            f'{place} has the classes {short(classes)}, and {ann_file} has {short(names)}. Expected the same order: '
-            f'write metainfo=dict(classes={names}) there, and num_classes={len(names)} into the heads'
+            f'{place} has the classes {short(classes)}, and {ann_file} has {short(names)}. Expected names of the file, '
+            f'in its order: write metainfo=dict(classes={names}) there, and num_classes={len(names)} into the heads'
         )
 
 
