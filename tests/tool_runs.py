@@ -17,12 +17,27 @@ for _split in ('val', 'test'):
     SMALL += [f'{_split}_dataloader.num_workers=0', f'{_split}_dataloader.persistent_workers=False']
 
 
+def _command(tool: Path | str, arguments, options) -> list[str]:
+    command = [tool] if str(tool).endswith('.sh') else [sys.executable, '-W', 'ignore', tool]
+    return [*map(str, (*command, *arguments)), *(['--cfg-options', *options] if options else [])]
+
+
+def _environment(env: dict[str, str]) -> dict[str, str]:
+    return {**os.environ, 'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}', **env}
+
+
 def run(tool: Path | str, *arguments, options=(), cwd, **env: str) -> subprocess.CompletedProcess:
     """Run a tool, Python or shell, in a folder, with options for its config and variables of the environment."""
-    command = [tool] if str(tool).endswith('.sh') else [sys.executable, '-W', 'ignore', tool]
-    command = [*map(str, (*command, *arguments)), *(['--cfg-options', *options] if options else [])]
-    path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**os.environ, 'PATH': path, **env})
+    command = _command(tool, arguments, options)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=_environment(env))
+
+
+def start(tool: Path | str, *arguments, options=(), cwd: Path, **env: str) -> tuple[subprocess.Popen, Path]:
+    """Start a tool as ``run`` does; return the process and the file that has its output."""
+    log = Path(cwd) / f'{Path(tool).name}.log'
+    with open(log, 'w') as file:
+        command = _command(tool, arguments, options)
+        return subprocess.Popen(command, cwd=cwd, stdout=file, stderr=file, env=_environment(env)), log
 
 
 def output(result: subprocess.CompletedProcess) -> str:

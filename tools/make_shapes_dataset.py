@@ -38,12 +38,7 @@ def outline(rng: np.random.RandomState, name: str, size: int) -> np.ndarray:
     """Return the (P, 2) float corners of one shape, of random place, size and orientation."""
     radius = rng.uniform(0.1, 0.24) * size
     centre = rng.uniform(0.8 * radius, size - 0.8 * radius, 2)
-    count, radii = {
-        'disc': (48, [1.0]),
-        'square': (4, [1.0]),
-        'triangle': (3, [1.0]),
-        'star': (10, [1.0, 0.45]),
-    }[name]
+    count, radii = dict(disc=(48, [1]), square=(4, [1]), triangle=(3, [1]), star=(10, [1, 0.45]))[name]
     angles = rng.uniform(0, 2 * math.pi) + 2 * math.pi * np.arange(count) / count
     lengths = radius * np.resize(radii, count)
     return centre + lengths[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
@@ -73,12 +68,6 @@ def draw(rng: np.random.RandomState, size: int) -> tuple[np.ndarray, list[tuple[
     return image, [(category, mask) for category, mask, _ in instances]
 
 
-def run_lengths(mask: np.ndarray) -> dict:
-    """Return a (H, W) mask as COCO's run-length encoding: exact, where polygons could not leave out a hole."""
-    encoded = coco_mask.encode(np.asfortranarray(mask))
-    return dict(size=encoded['size'], counts=encoded['counts'].decode('ascii'))
-
-
 def write_split(folder: Path, name: str, count: int, size: int, seed: int) -> None:
     """Write ``count`` images and their annotation file."""
     (folder / name).mkdir(parents=True)
@@ -93,31 +82,17 @@ def write_split(folder: Path, name: str, count: int, size: int, seed: int) -> No
         for category, mask in instances:
             ys, xs = np.nonzero(mask)
             box = [int(xs.min()), int(ys.min()), int(xs.max() - xs.min() + 1), int(ys.max() - ys.min() + 1)]
-            annotations.append(
-                dict(
-                    id=len(annotations) + 1,
-                    image_id=image_id,
-                    category_id=category + 1,
-                    bbox=box,
-                    area=int(mask.sum()),
-                    segmentation=run_lengths(mask),
-                    iscrowd=0,
-                )
-            )
+            runs = coco_mask.encode(np.asfortranarray(mask))  # exact, where polygons could not leave out a hole
+            annotation = dict(image_id=image_id, category_id=category + 1, bbox=box, area=int(mask.sum()), iscrowd=0)
+            annotation['segmentation'] = dict(size=runs['size'], counts=runs['counts'].decode('ascii'))
+            annotations.append(dict(id=len(annotations) + 1, **annotation))
     categories = [dict(id=i + 1, name=name, supercategory='shape') for i, name in enumerate(CLASSES)]
     with open(folder / 'annotations' / f'instances_{name}.json', 'w') as file:
         json.dump(dict(images=images, annotations=annotations, categories=categories), file)
 
 
 def make_dataset(folder: Path, train: int = 400, val: int = 80, size: int = 128, seed: int = 0) -> None:
-    """Write the data set to ``folder``, whole or not at all.
-
-    Args:
-        folder: Where it goes; must not exist.
-        train: Training images.
-        val: Validation images.
-        size: Side of an image in pixels.
-        seed: Seed of the training images; the validation images have the next one.
+    """Write the data set to ``folder``, whole or not at all; the validation images have the next seed.
 
     Raises:
         FileExistsError: If ``folder`` exists.

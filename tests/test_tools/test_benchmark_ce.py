@@ -1,14 +1,13 @@
-"""The benchmark's yardstick computes what CE computes, and the tool leaves its table and its chart."""
+"""The benchmark's yardstick computes what CE computes, its rivals take part, and the tool prints its tables."""
 
 from __future__ import annotations
 
 import copy
-import json
 
 import benchmark_ce
 import pytest
 import torch
-from benchmark import models, rivals, timing
+from benchmark import models
 from conftest import ROOT
 from mmdet.registry import MODELS
 from mmengine.config import Config
@@ -39,15 +38,14 @@ def test_released_backbone_equals_ours():
 def test_bytes_saved_counts_each_tensor_once():
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Sigmoid())
     x = torch.randn(3, 4)
-    assert timing.bytes_saved(model, x) == 3 * 8 * 4, "sigmoid's output; the weights and the input are aside"
+    assert benchmark_ce.bytes_saved(model, x) == 3 * 8 * 4, "sigmoid's output; the weights and the input are aside"
 
 
 @pytest.mark.parametrize('depth', [18, 50])
 def test_rivals_are_networks_of_the_same_levels(depth):
-    plain, *others = CEResNet(depth, ce_cfg=None), *rivals.rivals(depth, norm_eval=True).values()
+    plain, *others = CEResNet(depth, ce_cfg=None), *(models.RivalResNet(depth, name) for name in ('gc', 'se'))
     x = torch.randn(2, 3, 64, 64)
     shapes = [level.shape for level in plain(x)]
-    assert len(others) == 2
     for other in others:
         assert [level.shape for level in other(x)] == shapes
         assert sum(p.numel() for p in other.parameters()) > sum(p.numel() for p in plain.parameters())
@@ -56,10 +54,10 @@ def test_rivals_are_networks_of_the_same_levels(depth):
 @pytest.mark.parametrize('depth', [18, 50])
 @pytest.mark.parametrize(('rival', 'parameter'), [('gc', 'channel_add_conv.3.bias'), ('se', 'conv2.conv.bias')])
 def test_a_rival_takes_part_in_every_block_that_has_one(depth, rival, parameter):
-    network = rivals.RivalResNet(depth, rival)
+    network = models.RivalResNet(depth, rival)
     network.eval()  # mmdet's returns nothing
     x = torch.randn(1, 3, 32, 32)
-    with_rival = [name for name, _ in network.named_parameters() if name.endswith(f'rival.{parameter}')]
+    with_rival = [name for name, _ in network.named_parameters() if name.endswith(f'1.{parameter}') and '.bn' in name]
     assert len(with_rival) == sum(network.stage_blocks[rival == 'gc' :])
     for name in with_rival:
         before = network(x)[-1]
@@ -73,18 +71,24 @@ def test_the_config_of_a_rival_differs_by_the_backbone(rival):
     """Both train with tools/train.py, whose folder the import needs; tests have it on their path, too."""
     cfg = Config.fromfile(ROOT / f'tools/benchmark/configs/mask-rcnn_r18-{rival}_fpn_8e_shapes.py')
     ce = Config.fromfile(ROOT / 'configs/demo/mask-rcnn_r18-ce_fpn_8e_shapes.py')
-    assert type(MODELS.build(copy.deepcopy(cfg.model)).backbone) is rivals.RivalResNet
+    assert type(MODELS.build(copy.deepcopy(cfg.model)).backbone) is models.RivalResNet
     assert cfg.model.backbone.pop('rival') == rival
     cfg.model.backbone.type, cfg.custom_imports = 'CEResNet', ce.custom_imports
     assert cfg.to_dict() == ce.to_dict()
 
 
 @pytest.mark.slow
-def test_command_writes_table_and_chart(tmp_path, capsys):
-    arguments = ['--what', 'backbone', '--depth', 18, '--size', 64, 64, '--rounds', 2, '--out-dir', tmp_path]
-    assert call(benchmark_ce.main, *arguments, '--modes', 'norm_eval', 'coco', 'batch') is None
-    assert 'train step' in capsys.readouterr().out
-    results = json.loads((tmp_path / 'results.json').read_text())
-    assert results['environment']['torch'] == torch.__version__
-    assert [row['candidate'] for row in results['rows']].count('CE') == 4
-    assert (tmp_path / 'benchmark.png').stat().st_size > 10_000
+def test_command_prints_a_table_for_each_comparison(capsys):
+    arguments = ['--depth', 18, '--size', 64, 64, '--rounds', 2, '--shapes', '2x32x64x64d16', '--rivals']
+    assert call(benchmark_ce.main, *arguments, '--modes', 'norm_eval', 'batch') is None
+    printed = capsys.readouterr().out
+    assert f'torch {torch.__version__}' in printed
+    tables = printed.split('\n\n| |')[1:]
+    assert len(tables) == 3
+    names = [[line.split(' | ')[0] for line in table.splitlines()[2:] if line.startswith('| ')] for table in tables]
+    assert names[0] == ['| CE, released form', '| CE', '| BatchNorm2d']
+    assert {'| plain ResNet', '| CE', '| CE, released form', '| plain + SE', '| plain + ContextBlock'} <= set(names[2])
+    for table in tables:
+        for line in (line for line in table.splitlines()[2:] if line.startswith('| ')):
+            cells = line.strip('| ').split(' | ')
+            assert len(cells) == 7 and all(float(cell.split()[0]) > 0 for cell in cells[1:5])

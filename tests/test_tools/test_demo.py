@@ -1,4 +1,4 @@
-"""What the demo shows of a training, and how it fails; a whole one is run in test_train_and_test.py."""
+"""How the demo tells what a training does, and how it fails; a whole one is run in test_train_and_test.py."""
 
 from __future__ import annotations
 
@@ -9,32 +9,34 @@ from utils import call
 
 TRAIN_LINE = (
     '2026/11/25 03:31:00 - mmengine - INFO - Epoch(train)  [{epoch}][{iteration:3}/100]  base_lr: 1.0e-03 lr: 1.0e-03  '
-    'eta: 0:05:10  time: 0.3998  data_time: 0.0100  grad_norm: 2.1  loss: {loss:.4f}  loss_rpn_cls: 0.6931  acc: 9.0\n'
+    'eta: {eta}  time: 0.3998  data_time: 0.0100  grad_norm: 2.1  loss: {loss:.4f}  loss_rpn_cls: 0.6931  acc: 9.0\n'
 )
 
 
-def test_progress_without_a_terminal_is_a_line_now_and_then(capsys, monkeypatch):
-    with demo.training_progress(8) as watch:
-        watch('2026/11/25 03:30:00 - mmengine - INFO - Checkpoints will be saved to work_dirs/demo.\n')
-        for iteration in range(10, 101, 10):
-            watch(TRAIN_LINE.format(epoch=1, iteration=iteration, loss=2.5))
-        monkeypatch.setattr(demo, 'SECONDS_BETWEEN_LINES', 0)
-        watch(TRAIN_LINE.format(epoch=2, iteration=50, loss=1.25))
+def test_progress_is_a_line_now_and_then(capsys):
+    watch = demo.Progress()
+    watch('2026/11/25 03:30:00 - mmengine - INFO - Checkpoints will be saved to work_dirs/demo.\n')
+    for iteration in range(10, 101, 10):
+        watch(TRAIN_LINE.format(epoch=1, iteration=iteration, loss=2.5, eta='0:05:10'))
+    watch.printed -= 60
+    watch(TRAIN_LINE.format(epoch=2, iteration=50, loss=1.25, eta='1 day, 0:05:10'))
     assert capsys.readouterr().out.splitlines() == [
-        'epoch 1/8, iteration 10/100: loss 2.5000, 0:05:10 left',
-        'epoch 2/8, iteration 50/100: loss 1.2500, 0:05:10 left',
+        'epoch and iteration [1][ 10/100], loss: 2.5000, eta: 0:05:10',
+        'epoch and iteration [2][ 50/100], loss: 1.2500, eta: 1 day, 0:05:10',
     ]
 
 
 @pytest.mark.slow
-def test_a_training_that_fails_ends_the_demo_with_its_status_and_message(tmp_path, monkeypatch, capsys):
+def test_a_training_that_fails_ends_the_demo_with_its_message(tmp_path, monkeypatch, capsys):
     config = tmp_path / 'broken.py'
     config.write_text(f"_base_ = '{ROOT / demo.CONFIG}'\ntrain_dataloader = dict(dataset=dict(data_root='none'))\n")
     (tmp_path / 'data' / 'shapes').mkdir(parents=True)
+    (tmp_path / 'tools').symlink_to(ROOT / 'tools')
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo, 'ROOT', tmp_path)
+    monkeypatch.setattr(demo, 'TOOLS', tmp_path / 'tools')
     monkeypatch.setattr(demo, 'CONFIG', config)
     assert call(demo.main, '--work-dir', 'run') == 1
     printed = capsys.readouterr()
     assert printed.out.count('$ python tools/') == 1, 'nothing is run after it'
-    assert 'error: data root none does not exist' in printed.err and 'its whole output: run/output.txt' in printed.err
+    assert 'error: annotation file none/annotations/' in printed.err
+    assert 'its whole output: run/output.txt' in printed.err

@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import numpy as np
-import pytest
 from conftest import ROOT
 from make_shapes_dataset import CLASSES, make_dataset
 from pycocotools.coco import COCO
@@ -47,13 +46,3 @@ def test_existing_folder_is_left_alone(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2 and 'exists; remove it' in result.stderr
     assert (tmp_path / 'mine').read_text() == 'precious'
-
-
-def test_interrupted_writing_leaves_nothing(tmp_path, monkeypatch):
-    def broken(*args):
-        raise OSError('disk full')
-
-    monkeypatch.setattr('make_shapes_dataset.cv2.imwrite', broken)
-    with pytest.raises(OSError, match='disk full'):
-        make_dataset(tmp_path / 'shapes', train=1, val=1)
-    assert not list(tmp_path.iterdir())

@@ -1,14 +1,20 @@
-"""What tools/benchmark_ce.py compares CE with: its released form, the plain network, and onnxruntime."""
+"""What tools/benchmark_ce.py compares CE with: its released form, the plain network, and other blocks in that.
+
+A config for tools/train.py finds RivalResNet with ``custom_imports=dict(imports=['mmdet_ce', 'benchmark.models'])``.
+"""
 
 from __future__ import annotations
 
 import copy
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from mmcv.cnn.bricks import ContextBlock
 from mmdet.models import ResNet
+from mmdet.models.backbones.resnet import Bottleneck
+from mmdet.models.layers import SELayer
+from mmdet.registry import MODELS
 from torch import Tensor, nn
 
 from mmdet_ce import CEResNet, ChannelEquilibrium
@@ -29,7 +35,7 @@ class ReleasedForm(nn.Module):
         ce, (n, c, h, w) = self.ce, x.shape
         variance = x.reshape(n, c, -1).var(dim=-1)
         gate = torch.sigmoid(ce.ir.fc2(F.relu(ce.ir.norm(ce.ir.fc1(variance)))))
-        # Copied twice, for the statistics (a pooling, switched off, stands in between) and for the product.
+        # Copied twice, for the statistics (a pooling, switched off, is in between) and for the product.
         pooled = x.transpose(0, 1).contiguous().view(ce.num_groups, ce.group_size, -1)
         grouped = x.transpose(0, 1).contiguous().view(ce.num_groups, ce.group_size, -1)
         if ce.training:
@@ -61,26 +67,23 @@ def with_released_form(backbone: CEResNet) -> CEResNet:
     return backbone
 
 
-def plain_and_ce(depth: int, x: Tensor, **options: Any) -> tuple[ResNet, CEResNet]:
-    """Return mmdet's ResNet and, of the same weights, CE's, whose statistics are those of ``x``."""
-    plain = ResNet(depth=depth, **options)
-    ce = CEResNet(depth=depth, **options)
-    ce.load_state_dict(plain.state_dict(), strict=False)
-    with torch.no_grad():  # CE needs statistics before it is evaluated
-        ce.to(x.device).train()
-        for _, layer in ce.named_ce():
-            layer.train()
-        ce(x)
-    return plain, ce
+@MODELS.register_module()
+class RivalResNet(ResNet):
+    """mmdet's ResNet with another block after the last norm of its residual blocks, where CE would be.
 
+    Args:
+        depth: See mmdet's ResNet.
+        rival: 'gc' for mmcv's ContextBlock in stages 2 to 4, with the lighter ratio of mmdet's configs/gcnet, or 'se'
+            for squeeze-and-excitation in all stages.
+        **kwargs: See mmdet's ResNet. The last norms do not start at zero, as with CE.
+    """
 
-class OnnxRuntime(nn.Module):
-    """A session of onnxruntime, called as the backbone that it was made from."""
-
-    def __init__(self, session: Any) -> None:
-        super().__init__()
-        self.session = session
-
-    def forward(self, x: Tensor) -> tuple[np.ndarray, ...]:
-        """Return the levels for images (N, 3, H, W)."""
-        return tuple(self.session.run(None, {'images': x.numpy()}))
+    def __init__(self, depth: int, rival: str, **kwargs: Any) -> None:
+        super().__init__(depth, zero_init_residual=False, **kwargs)
+        for layer in self.res_layers[rival == 'gc' :]:
+            for block in getattr(self, layer):
+                name = block.norm3_name if isinstance(block, Bottleneck) else block.norm2_name
+                norm = getattr(block, name)
+                channels = norm.num_features
+                added = ContextBlock(channels, ratio=1 / 16) if rival == 'gc' else SELayer(channels)
+                setattr(block, name, nn.Sequential(norm, added))
