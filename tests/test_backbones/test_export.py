@@ -9,21 +9,25 @@ import torch
 from mmdet.registry import MODELS
 from utils import assert_agree, needs, randomize, unset_statistics
 
+from mmdet_ce.compat import TORCH
 from mmdet_ce.ops.precision import is_tracing
 
-pytestmark = [needs('torch.export and export to ONNX'), pytest.mark.xdist_group('export')]  # one worker, one export
+pytestmark = pytest.mark.xdist_group('export')  # one worker, one export
+needs_export = needs('torch.export and export to ONNX')
+DYNAMO = {} if TORCH < (2, 5) else dict(dynamo=False)
 
 ONE_STAGE = dict(base_channels=16, num_stages=1, strides=(1,), dilations=(1,), out_indices=(0,))
 IDENTITY = dict(num_channels=8, identity_start=True)
 
 
 class Family(torch.nn.Module):
-    """A block of each backbone on the same images: one export takes seconds. CEResNet's is in test_export_onnx.py."""
+    """A block of each backbone on the same images: one export takes seconds."""
 
     def __init__(self) -> None:
         super().__init__()
         self.backbones = torch.nn.ModuleList(
             [
+                MODELS.build(dict(type='CEResNet', depth=18, **ONE_STAGE)),
                 MODELS.build(dict(type='CEResNetV1d', depth=50, stem_channels=16, **ONE_STAGE)),
                 MODELS.build(
                     dict(type='CEResNeXt', depth=50, groups=4, ce_position='after_norm2', ce_cfg=IDENTITY, **ONE_STAGE)
@@ -33,7 +37,7 @@ class Family(torch.nn.Module):
         )
         for backbone in self.backbones:
             backbone.layer1 = torch.nn.Sequential(backbone.layer1[0])
-        mobilenet = self.backbones[2]
+        mobilenet = self.backbones[-1]
         for name in mobilenet.layers[1:]:
             delattr(mobilenet, name)
         mobilenet.layers = ['layer1']
@@ -54,6 +58,7 @@ def program(family):
 
 
 @pytest.mark.slow
+@needs_export
 def test_torch_export(program, family):
     """Saved and loaded, and run at another size."""
     file = io.BytesIO()
@@ -79,6 +84,7 @@ def largest_difference(model: bytes, family: torch.nn.Module, x: torch.Tensor) -
 
 
 @pytest.mark.slow
+@needs_export
 def test_onnx(program, family):
     pytest.importorskip('onnxscript')
     model = torch.onnx.export(program, dynamo=True, verbose=False, input_names=['images']).model_proto
@@ -92,25 +98,28 @@ def test_the_exporter_of_torch_script(family, opset):
     """As mmdeploy exports. It has neither unflatten (opset 11) nor diag_embed."""
     file, axes = io.BytesIO(), {'images': {0: 'batch', 2: 'height', 3: 'width'}}
     images = torch.zeros(2, 3, 64, 96)
-    torch.onnx.export(
-        family, (images,), file, opset_version=opset, dynamo=False, input_names=['images'], dynamic_axes=axes
-    )
+    torch.onnx.export(family, (images,), file, opset_version=opset, **DYNAMO, input_names=['images'], dynamic_axes=axes)
     for shape in SIZES:
         assert largest_difference(file.getvalue(), family, torch.randn(shape)) < 1e-4
 
 
-@pytest.mark.parametrize('name', ['CEResNet', 'CEMobileNetV2'])
-@pytest.mark.parametrize('record', [torch.jit.trace, lambda model, x: torch.export.export(model, (x,)).module()])
-def test_a_backbone_is_recorded_before_its_first_forward_pass(name, record):
+def exported(model: torch.nn.Module, x: torch.Tensor) -> torch.nn.Module:
+    return torch.export.export(model, (x,)).module()
+
+
+@pytest.mark.parametrize('name, depth', [('CEResNet', 18), ('CEResNeXt', 50)])
+@pytest.mark.parametrize('record', [torch.jit.trace, pytest.param(exported, marks=needs_export)])
+def test_a_backbone_is_recorded_before_its_first_forward_pass(name, depth, record):
     """The look at CE's statistics is no part of what is recorded, and is left for the first pass that is not."""
-    size = dict(widen_factor=0.25) if name == 'CEMobileNetV2' else dict(depth=18, base_channels=16)
-    backbone, x = MODELS.build(dict(type=name, **size)).eval(), torch.randn(1, 3, 32, 32)
+    cfg, x = dict(type=name, depth=depth, **ONE_STAGE), torch.randn(1, 3, 32, 32)
+    backbone = MODELS.build(cfg).eval()
     for a, b in zip(record(backbone, x)(x), backbone(x)):
         assert_agree(a, b, 1e-5)
-    other = MODELS.build(dict(type=name, **size)).eval()
+    other = MODELS.build(cfg).eval()
     assert len(unset_statistics(lambda: (record(other, x), other(x)))) == 1
 
 
+@needs_export
 def test_compiling_is_no_export():
     compiled = torch.compile(lambda x: x + is_tracing(), fullgraph=True, backend='eager')
     assert compiled(torch.zeros(1)) == 0 and not is_tracing()
