@@ -9,12 +9,13 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import INTERPRETED, take_for_a_gpu
+from interpreter import INTERPRETED, take_for_a_gpu
 from utils import assert_agree, needs, randomize, reference
 
 from mmdet_ce import ChannelEquilibrium
 from mmdet_ce.ops import dispatch, triton_check
 
+pytest_plugins = ('interpreter',)
 skipped = pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter: make test-kernels")
 pytestmark = [pytest.mark.kernels, needs('the Triton form on a GPU'), skipped]
 

@@ -11,6 +11,7 @@ from utils import assert_agree, needs, randomize, reference
 
 from mmdet_ce import ChannelEquilibrium
 
+pytest_plugins = ('interpreter',)
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 pytestmark = [pytest.mark.kernels, needs('the Triton form on a GPU'), pytest.mark.usefixtures('triton_form')]
 # Of the largest magnitude: of the statistics and parameters, of the maps.

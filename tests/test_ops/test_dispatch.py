@@ -57,7 +57,6 @@ def gpu(monkeypatch):
 
 
 def test_an_old_gpu_is_asked_before_triton_is_imported(monkeypatch, gpu):
-    """And what is said is said once."""
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (7, 5))
     monkeypatch.setitem(sys.modules, 'triton', None)
     for _ in range(2):
@@ -76,9 +75,10 @@ def test_a_triton_that_does_not_import_stops_nobody(monkeypatch, gpu, tmp_path):
 
 def test_a_trace_and_fake_tensors_take_torch(monkeypatch, gpu):
     monkeypatch.setenv(dispatch.VARIABLE, 'triton')
-    torch.jit.trace(layer(), X, check_trace=False)
+    ce = layer()
+    torch.jit.trace(ce, X, check_trace=False)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        layer()(mode.from_tensor(X))
+        ce(mode.from_tensor(X))
     assert not gpu
 
 

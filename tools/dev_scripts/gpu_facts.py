@@ -12,6 +12,7 @@ import logging
 import os
 import statistics
 import time
+from contextlib import nullcontext
 from typing import Callable
 
 import torch
@@ -70,7 +71,7 @@ def speed(case: str, size: list[int], rounds: int) -> dict:
     x = torch.randn(int(images), 3, *size, device=DEVICE)
     x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     models, gradients = {form: backbone(form, mode) for form in FORMS}, []
-    amp = torch.autocast(DEVICE, getattr(torch, dtype, None), enabled=dtype in ('bfloat16', 'float16'))
+    amp = torch.autocast(DEVICE, getattr(torch, dtype)) if dtype in ('bfloat16', 'float16') else nullcontext()
 
     def step(form: str) -> tuple[float, float]:
         """Run a step; return the milliseconds until the host is free, and until all is done."""
