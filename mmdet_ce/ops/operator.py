@@ -101,14 +101,13 @@ def channel_equilibrium(
     norm_eps = 0.0 if norm is None else norm.eps
     options = Options(group_size, num_iterations, eps, norm_eps, running, group, map_dtype=dtype, dtype=dtype)
     of_norm = (None,) * 4 if norm is None else (norm.running_mean, norm.running_var, norm.weight, norm.bias)
-    inputs = *of_norm, alpha, theta, fc1_weight, ln_weight, ln_bias, fc2_weight
-    inputs = inputs if logits is None else (*inputs, logits)
+    of_gate = (fc1_weight, ln_weight, ln_bias, fc2_weight) + (() if logits is None else (logits,))
+    inputs = *of_norm, alpha, theta, *of_gate
     with compat.without_autocast(x.device.type):
         if precision.is_tracing():  # the same, in operations that a trace records
             out, c, _ = _forward(x, residual, relu, form, options, Inputs(*inputs))
             # Copied: adding to a view in place would put reshapes around all that follows in an exported graph
-            memory_format = torch.contiguous_format if x.is_contiguous() else torch.channels_last
-            out = out.clone(memory_format=memory_format)
+            out = out.clone(memory_format=torch.contiguous_format if x.is_contiguous() else torch.channels_last)
             statistics = [None if t is None else t.detach() for t in (c.mean, c.whitening, c.scale)]
         else:
             out, *statistics = _ChannelEquilibrium.apply(x, residual, relu, form, options, *inputs)
