@@ -6,6 +6,7 @@ Written anew from the paper's equations and the behaviour of the released networ
 
 from __future__ import annotations
 
+import math
 from typing import Optional
 
 import torch
@@ -195,7 +196,7 @@ class ChannelEquilibrium(nn.Module):
     def _update(self, mean: Tensor, whitening: Tensor, scale: Tensor) -> None:
         """Move the running values towards those of the batch, unless a value of the batch was not finite."""
         # What is not finite in a map is so in s, and what overflows in a group's covariance in all of its P_T
-        is_finite = torch.isfinite(whitening[:, 0, 0].sum() + scale)
+        is_finite = whitening[:, 0, 0].sum() + scale < math.inf
         buffers = self.bd.running_mean, self.bd.running_whitening, self.ir.running_scale
         for running, value in zip(buffers, (mean, whitening, scale)):
             running.lerp_(torch.where(is_finite, value.to(running.dtype), running), self.momentum)

@@ -5,8 +5,7 @@ The covariance over samples and positions is that within the samples and that of
     Sigma_z = sum_n S_n / (N L) + sum_n (m_n - mu)(m_n - mu)^T / N,
 
 of z, the input of a norm that is folded in, or of x itself. The batch is that of this process, or of all processes of
-a group (``sync=True``): then there are two exchanges, the moments in the forward pass and two gradients in the backward
-pass. Nothing is copied from or to the host.
+a group (``sync=True``): then the moments are exchanged in the forward pass, and two gradients in the backward pass.
 """
 
 from __future__ import annotations

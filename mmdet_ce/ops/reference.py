@@ -1,7 +1,5 @@
-"""Channel Equilibrium written down plainly, as an oracle for the tests.
+"""Channel Equilibrium written down plainly, as an oracle for the tests: it shares nothing with the form that trains.
 
-Nothing here is shared with the module that trains: every equation is spelt out, sample by sample where the paper says
-so, with no regard for speed.
 Paper: `Channel Equilibrium Networks for Learning Deep Representation <https://arxiv.org/abs/2003.00214>`_.
 """
 
