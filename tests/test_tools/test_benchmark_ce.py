@@ -8,9 +8,6 @@ import benchmark_ce
 import pytest
 import torch
 from benchmark import models
-from conftest import ROOT
-from mmdet.registry import MODELS
-from mmengine.config import Config
 from utils import assert_agree, call, randomize
 
 from mmdet_ce import CEResNet, ChannelEquilibrium
@@ -66,20 +63,10 @@ def test_a_rival_takes_part_in_every_block_that_has_one(depth, rival, parameter)
         assert not torch.allclose(network(x)[-1], before), name
 
 
-@pytest.mark.parametrize('rival', ['gc', 'se'])
-def test_the_config_of_a_rival_differs_by_the_backbone(rival):
-    """Both train with tools/train.py, whose folder the import needs; tests have it on their path, too."""
-    cfg = Config.fromfile(ROOT / f'tools/benchmark/configs/mask-rcnn_r18-{rival}_fpn_8e_shapes.py')
-    ce = Config.fromfile(ROOT / 'configs/demo/mask-rcnn_r18-ce_fpn_8e_shapes.py')
-    assert type(MODELS.build(copy.deepcopy(cfg.model)).backbone) is models.RivalResNet
-    assert cfg.model.backbone.pop('rival') == rival
-    cfg.model.backbone.type, cfg.custom_imports = 'CEResNet', ce.custom_imports
-    assert cfg.to_dict() == ce.to_dict()
-
-
 @pytest.mark.slow
-def test_command_prints_a_table_for_each_comparison(capsys):
-    arguments = ['--depth', 18, '--size', 64, 64, '--rounds', 2, '--shapes', '2x32x64x64d16', '--rivals']
+def test_command_prints_a_table_for_each_comparison(capsys, monkeypatch):
+    monkeypatch.setattr(benchmark_ce, 'BLOCKS', {(2, 32, 64, 64): 16})
+    arguments = ['--depth', 18, '--size', 64, 64, '--rounds', 2, '--rivals']
     assert call(benchmark_ce.main, *arguments, '--modes', 'norm_eval', 'batch') is None
     printed = capsys.readouterr().out
     assert f'torch {torch.__version__}' in printed
