@@ -1,8 +1,7 @@
 """Time Channel Equilibrium on the CPU: the block against the released form, the backbone against mmdet's ResNet.
 
 All candidates of a comparison run in one process, one after the other in every round, so that what else the machine
-does touches them alike. Prints a table in Markdown for each comparison; the first row is what the others are over.
-tools/dev_scripts/gpu_run.py is for GPUs.
+does touches them alike. Prints a Markdown table for each, over its first row. For GPUs: tools/dev_scripts/gpu_run.py.
 """
 
 from __future__ import annotations
@@ -23,12 +22,6 @@ from torch import Tensor, nn
 
 from mmdet_ce import CEResNet, ChannelEquilibrium, __version__
 
-# how a backbone is trained; 'coco' is the default of mmdet's configs
-MODES = {
-    'norm_eval': dict(norm_eval=True),
-    'coco': dict(norm_eval=True, frozen_stages=1),
-    'batch': dict(norm_eval=False),
-}
 BLOCKS = {(2, 64, 160, 160): 64, (2, 256, 80, 80): 16, (2, 512, 40, 40): 16, (2, 1024, 20, 20): 16}  # input: d
 
 
@@ -99,9 +92,8 @@ def time_models(title: str, models: dict[str, nn.Module], x: Tensor, rounds: int
         forward = ratios(interleaved({name: lambda model=model: model(x) for name, model in models.items()}, rounds))
     columns = ['train step, ms', 'ratio (quartiles)', 'inference, ms', 'ratio (quartiles)', 'saved for backward, MB']
     print(f'\n{title}\n\n| | {" | ".join(columns)} | ratio |\n|{" --- |" * 7}')
-    first = next(iter(memory.values()))
     for name in models:
-        cells = [*steps[name], *forward[name], f'{memory[name]:.1f}', f'{memory[name] / first:.3f}']
+        cells = [*steps[name], *forward[name], f'{memory[name]:.1f}', f'{memory[name] / [*memory.values()][0]:.3f}']
         print(f'| {name} | {" | ".join(cells)} |', flush=True)
 
 
@@ -114,24 +106,22 @@ def compare_blocks(rounds: int) -> None:
         time_models(f'block {"x".join(map(str, shape))}, d = {d}', models, torch.randn(shape).requires_grad_(), rounds)
 
 
-def compare_backbones(args: argparse.Namespace, mode: str) -> None:
+def compare_backbones(args: argparse.Namespace) -> None:
     """Compare the backbone with mmdet's plain ResNet, the released form of CE, and other blocks."""
-    size, options = (args.batch, 3, *args.size), MODES[mode]
-    x = torch.randn(size)
-    models = {'plain ResNet': ResNet(args.depth, **options), 'CE': CEResNet(args.depth, **options)}
+    x = torch.randn(args.batch, 3, *args.size)
+    models = {'plain ResNet': ResNet(args.depth), 'CE': CEResNet(args.depth)}
     models['CE'].load_state_dict(models['plain ResNet'].state_dict(), strict=False)
     with torch.no_grad():  # CE needs statistics before it is evaluated
         for _, layer in models['CE'].named_ce():
             layer.train()
         models['CE'](x)
-    if mode == 'norm_eval':
-        models['CE, ce_eval=False'] = CEResNet(args.depth, ce_eval=False, **options)
-        models['CE, ce_eval=False'].load_state_dict(models['CE'].state_dict())
+    models['CE, ce_eval=False'] = CEResNet(args.depth, ce_eval=False)
+    models['CE, ce_eval=False'].load_state_dict(models['CE'].state_dict())
     models.update({f'{name}, released form': with_released_form(model) for name, model in [*models.items()][1:]})
     if args.rivals:
-        models['plain + ContextBlock'] = RivalResNet(args.depth, 'gc', **options)
-        models['plain + SE'] = RivalResNet(args.depth, 'se', **options)
-    time_models(f'ResNet-{args.depth}, {"x".join(map(str, size))}, {mode}', models, x, args.rounds)
+        models['plain + ContextBlock'] = RivalResNet(args.depth, 'gc')
+        models['plain + SE'] = RivalResNet(args.depth, 'se')
+    time_models(f'ResNet-{args.depth}, norms in evaluation, {"x".join(map(str, x.shape))}', models, x, args.rounds)
 
 
 def main() -> None:
@@ -141,8 +131,6 @@ def main() -> None:
     parser.add_argument('--depth', type=int, default=50, help='(default: %(default)s)')
     parser.add_argument('--batch', type=int, default=2, help='images in the backbone input (default: %(default)s)')
     parser.add_argument('--size', type=int, nargs=2, default=[320, 480], help='height, width (default: 320 480)')
-    modes = 'of the backbone: norm_eval (default); coco, which freezes a stage too; batch, statistics of the batch'
-    parser.add_argument('--modes', nargs='+', choices=[*MODES], default=['norm_eval'], help=modes)
     parser.add_argument('--rivals', action='store_true', help='with ContextBlock and SE in the plain backbone, too')
     parser.add_argument('--rounds', type=int, default=15, help='timed rounds, 2 or more (default: %(default)s)')
     args = parser.parse_args()
@@ -150,8 +138,8 @@ def main() -> None:
     print(f'{processor()}, {torch.get_num_threads()} threads; torch {torch.__version__}, mmdet_ce {__version__}')
     if 'block' in args.what:
         compare_blocks(args.rounds)
-    for mode in args.modes if 'backbone' in args.what else []:
-        compare_backbones(args, mode)
+    if 'backbone' in args.what:
+        compare_backbones(args)
 
 
 if __name__ == '__main__':

@@ -61,23 +61,12 @@ ops = f'cu{torch.version.cuda}-{name}' if cuda else 'cpu'
 print('-'.join(['cp%d%d' % sys.version_info[:2], platform.machine(), 'torch' + torch.__version__, ops]))
 """
 
-CHECK_CODE = """
-import torch, mmcv.ops, mmengine, mmdet, pycocotools.mask, mmdet_ce
-boxes = torch.tensor([[0., 0., 9., 9.], [1., 1., 9., 9.]])
-assert len(mmcv.ops.nms(boxes, torch.tensor([.9, .8]), 0.5)[1]) == 1
-print(f'torch {torch.__version__}, mmcv {mmcv.__version__}, mmengine {mmengine.__version__}, '
-      f'mmdet {mmdet.__version__}, mmdet_ce {mmdet_ce.__version__}')
-"""
+CHECK_CODE = 'import mmcv.ops; from mmdet_ce.environment import describe_versions as d; print(d())'
 
 
 def fail(message: str) -> None:
     """Stop with one clear line."""
     sys.exit(f'setup: error: {message}')
-
-
-def say(message: str) -> None:
-    """Print one line of progress at once."""
-    print(f'setup: {message}', flush=True)
 
 
 def check_machine(env: Environment) -> None:
@@ -112,17 +101,6 @@ def pip(env: Environment, what: str, *args: str, **variables: str) -> None:
     if status:
         print(*log.read_text().splitlines()[-30:], sep='\n')
         fail(f'pip failed: {" ".join(command)}; the end of its output is above, all of it in {log}')
-
-
-def create_venv(env: Environment) -> None:
-    """Create the environment's folder, anew if it belongs to another Python or does not start."""
-    probe = 'import sys; print("%d.%d" % sys.version_info[:2])'
-    if env.interpreter.exists():
-        found = subprocess.run([str(env.interpreter), '-c', probe], capture_output=True, text=True).stdout.strip()
-        if found == '.'.join(map(str, env.python)):
-            return
-    say(f'creating {env.venv}')
-    subprocess.run([sys.executable, '-m', 'venv', '--clear', str(env.venv)], check=True)
 
 
 def mmcv_wheel(env: Environment) -> Path:
@@ -198,7 +176,7 @@ def set_up(env: Environment) -> None:
     """Create the environment and install everything into it."""
     start = time.monotonic()
     check_machine(env)
-    create_venv(env)
+    subprocess.run([sys.executable, '-m', 'venv', str(env.venv)], check=True)  # keeps what is there
     first = map(env.pinned, ('torch', 'setuptools', 'wheel', 'ninja', 'psutil'))
     pip(env, '1/4 torch and build tools', 'install', '-c', str(env.requirements), *first)
     pip(env, '2/4 mmcv', 'install', '--no-deps', str(mmcv_wheel(env)))
@@ -210,7 +188,7 @@ def set_up(env: Environment) -> None:
     if check.returncode:
         fail(f'the installed stack does not work:\n{check.stderr}')
     env.stamp.write_text(fingerprint(env))
-    say(f'ready in {(time.monotonic() - start) / 60:.1f} min: {check.stdout.strip()}')
+    print(f'setup: ready in {(time.monotonic() - start) / 60:.1f} min: {check.stdout.strip()}')
 
 
 if __name__ == '__main__':

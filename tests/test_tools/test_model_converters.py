@@ -80,7 +80,7 @@ def test_publish(trained, tmp_path, capsys):
     assert call(publish_model.main, path, tmp_path / 'mask-rcnn_r50-ce.pth') is None
     (named,) = tmp_path.glob('mask-rcnn*')
     assert named.name == f'mask-rcnn_r50-ce-{hashlib.sha256(named.read_bytes()).hexdigest()[:8]}.pth'
-    assert f'{named}: 0.0 MB' in capsys.readouterr().out and len(os.listdir(tmp_path)) == 2
+    assert f'written: {named}' in capsys.readouterr().out and len(os.listdir(tmp_path)) == 2
     published = torch.load(named, weights_only=True)
     assert published.keys() == {'meta', 'state_dict'}
     assert published['meta'] == dict(epoch=12, dataset_meta=dict(classes=('cat',)), mmdet_ce_version=__version__)

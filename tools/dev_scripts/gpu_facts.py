@@ -13,6 +13,7 @@ import os
 import statistics
 import time
 from contextlib import nullcontext
+from itertools import product
 from typing import Callable
 
 import torch
@@ -165,13 +166,10 @@ def main() -> None:
         if CUDA:
             torch.cuda.empty_cache()
     for shape in shapes:
-        if args.what == 'operations':
-            for dtype in (torch.bfloat16, torch.float32):
-                attempt('operations', operations, dtype, *shape)
-        if args.what == 'profile':
-            for form in FORMS[1:]:
-                for training in (False, True):
-                    attempt('profile', profile, form, training, *shape)
+        for dtype in (torch.bfloat16, torch.float32) if args.what == 'operations' else ():
+            attempt('operations', operations, dtype, *shape)
+        for form, training in product(FORMS[1:], (False, True)) if args.what == 'profile' else ():
+            attempt('profile', profile, form, training, *shape)
 
 
 if __name__ == '__main__':
