@@ -209,9 +209,10 @@ def test_evaluation_leaves_buffers_alone_and_survives_a_later_training_pass():
 
 @pytest.mark.parametrize('value', [float('nan'), float('inf'), 3e38])
 @pytest.mark.parametrize('positions', [slice(1), slice(None)], ids=['a position', 'a channel'])
-def test_a_batch_that_is_not_finite_leaves_the_running_values(value, positions):
+@pytest.mark.parametrize('num_iterations', [1, 3])
+def test_a_batch_that_is_not_finite_leaves_the_running_values(value, positions, num_iterations):
     """A loss scaler skips its step, and BatchNorm in evaluation keeps nothing of it."""
-    ce = randomize(ChannelEquilibrium(32)).train()
+    ce = randomize(ChannelEquilibrium(32, num_iterations=num_iterations)).train()
     before = copy.deepcopy(ce.state_dict())
     x = torch.randn(2, 32, 4, 4)
     x[0, 5, positions] = value
