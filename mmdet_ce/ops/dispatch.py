@@ -1,9 +1,9 @@
 """Which form of the operator a layer takes: torch, or Triton on GPUs. This is the only place that chooses.
 
 ``MMDET_CE_KERNELS`` decides: ``auto`` (the default) takes Triton where it runs and agrees with the torch form, which
-``triton_check`` finds out at first use; ``torch`` never takes it; ``triton`` raises where the device cannot run Triton or
-a check fails. Layers that the kernels are not made for, ``_is_covered``, take torch in any case. What is taken is logged
-once a process; a check that fails is a warning.
+``triton_check`` finds out at first use; ``torch`` never takes it; ``triton`` raises where the device cannot run it or a
+check fails. Layers that the kernels are not made for (``_is_covered``) take torch in any case. What is taken is logged,
+and a check that fails is a warning.
 """
 
 from __future__ import annotations
