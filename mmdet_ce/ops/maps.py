@@ -137,6 +137,9 @@ def apply_backward(dy: GroupedMap, x: GroupedMap, matrix: Tensor, k_matrix: Tens
     ``dy`` is the gradient before the ReLU. K is (N, G, d, d), symmetric, or where it is diagonal its diagonal.
     """
     matrix, k_matrix, k_vector = (t.flatten(0, 1).to(x.values.dtype) for t in (matrix, k_matrix, -k_vector))
+    on_cuda = x.values.is_cuda or x.values.element_size() == 2
+    if k_matrix.dim() == 2 and not on_cuda:  # there addcmul is slow at broadcasting what it adds to
+        return _as_map(_product(matrix.mT, dy.values, k_vector, x).addcmul_(k_matrix[..., None], x.values), x)
     if k_matrix.dim() == 2:
         dx = torch.addcmul(k_vector[..., None], k_matrix[..., None], x.values)
     else:
