@@ -8,7 +8,7 @@ from mmdet.models import ResNet
 from mmdet.registry import MODELS
 from utils import assert_agree, randomize
 
-from mmdet_ce import CEMobileNetV2, CEResNet, ChannelEquilibrium
+from mmdet_ce import CEMobileNetV2, CEResNet
 
 FAMILY = [
     ('CEResNet', 'ResNet', dict(depth=18, base_channels=16)),
@@ -111,10 +111,3 @@ def test_plugin_gives_the_same_numbers(training):
     stock.train(training), ours.train(training)
     for a, b in zip(stock.double()(x.double()), ours.double()(x.double())):
         assert_agree(a, b, 1e-6)
-
-
-def test_plugin_takes_every_argument():
-    cfg = dict(type='ChannelEquilibrium', num_channels=8, num_iterations=5, reduction=2, identity_start=True)
-    plugins = [dict(cfg=cfg, stages=(False, True, False, False), position='after_conv3')]
-    layers = [m for m in ResNet(depth=50, plugins=plugins).modules() if isinstance(m, ChannelEquilibrium)]
-    assert len(layers) == 4 and all(m.is_identity and m.bd.num_iterations == 5 for m in layers)

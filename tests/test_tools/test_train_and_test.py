@@ -11,7 +11,6 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import calibrate
 import demo
 import framework_tool
 import pytest
@@ -91,17 +90,6 @@ def test_mmdets_own_tools_resume_and_test(demonstrated, folder):
     assert re.search(r'coco/bbox_mAP: \d\.\d+', text) and re.search(r'coco/segm_mAP: \d\.\d+', text)
 
 
-@one_worker
-def test_calibrate_changes_statistics_only(demonstrated, folder):
-    arguments = [DEMO, 'run/epoch_1.pth', 'calibrated.pth', '--num-batches', 2, '--cfg-options', *SMALL]
-    assert call(calibrate.main, *arguments) is None
-    before, after = (load(path, 'cpu') for path in ('run/epoch_1.pth', 'calibrated.pth'))
-    assert before.keys() == after.keys() and before['state_dict'].keys() == after['state_dict'].keys()
-    changed = {key for key, t in before['state_dict'].items() if not torch.equal(t, after['state_dict'][key])}
-    expected = {'bd.running_mean', 'bd.running_whitening', 'ir.running_scale'}
-    assert changed and all(any(key.endswith(name) for name in expected) for key in changed)
-
-
 @pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='reads the state of processes from /proc')
 def test_ctrl_c_says_the_epoch_and_what_continues(folder):
     options = [*SMALL, 'train_cfg.val_interval=99']
@@ -128,12 +116,6 @@ def test_ctrl_c_says_the_epoch_and_what_continues(folder):
 def test_missing_inputs_are_one_line(arguments, message):
     error = call(run_train, DEMO, *arguments)
     assert error.startswith(message) and '\n' not in error
-
-
-def test_bad_input_is_one_line_on_the_terminal(folder):
-    result = run(ROOT / 'tools' / 'train.py', 'none.py', cwd=folder)
-    assert result.returncode == 1
-    assert len(result.stderr.strip().splitlines()) == 1 and result.stderr.startswith('error: config none.py not found')
 
 
 # mmengine 0.10.7 selects a GPU in its launchers, with gloo too; on a machine without one there is none to select.
