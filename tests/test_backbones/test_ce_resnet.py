@@ -187,3 +187,5 @@ def test_bad_stage_with_ce(stages):
 def test_bad_ce_cfg():
     with pytest.raises(ValueError, match='ce_cfg must be a dict of arguments of ChannelEquilibrium, or None, got 16'):
         CEResNet(depth=18, ce_cfg=16)
+    with pytest.raises(ValueError, match='num_iterations must be an integer of at least 1'):
+        MODELS.build(dict(type='CEResNet', depth=18, ce_cfg=dict(num_iterations=0)))

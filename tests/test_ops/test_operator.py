@@ -232,17 +232,6 @@ def test_a_large_mean_costs_no_digits(training):
         assert_agree(a, b, 1e-4)
 
 
-@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
-def test_traced_and_untraced_agree(memory_format):
-    """mmengine's complexity analysis traces, in grad mode."""
-    norm, ce = norm_and_ce(torch.float32)
-    x = torch.randn(2, 32, 4, 4).to(memory_format=memory_format)
-    traced = torch.jit.trace(ce.eval(), x)
-    assert_agree(traced(x), ce(x), 1e-6)
-    other = torch.randn(3, 32, 4, 4).to(memory_format=memory_format)
-    assert_agree(traced(other), ce(other), 1e-6, 'another batch size')
-
-
 def ill_conditioned(shape):
     """Two channel groups whose covariances have condition number 1e6."""
     q = torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64)).Q
@@ -273,13 +262,13 @@ def channels_of_all_scales(shape):
     'make', [ill_conditioned, rank_deficient, equal_channels, dead_channels, channels_of_all_scales]
 )
 def test_adversarial_statistics(make, scale):
-    """In float32: finite forward and backward for T from 1 to 40, and float64's values, T = 20 included."""
+    """In float32: finite forward and backward for T up to 40, and float64's values up to T = 20."""
     x = (scale * make((3, 32, 6, 6))).float()
-    for num_iterations in range(1, 41):
+    for num_iterations in (1, 2, 3, 8, 9, 20, 40):
         ce = randomize(ChannelEquilibrium(32, num_iterations=num_iterations))
         results = run(ce, x, ce)
         assert all(torch.isfinite(result).all() for result in (*results, *ce.buffers())), num_iterations
-        if num_iterations in (1, 3, 8, 20):
+        if num_iterations <= 20:
             double = randomize(ChannelEquilibrium(32, num_iterations=num_iterations)).double()
             expected = run(double, x.double(), double)
             assert_agree(results[0], expected[0], 1e-5, f'out, T = {num_iterations}')

@@ -1,4 +1,4 @@
-"""How the demo tells what a training does, and how it fails; a whole one is run in test_train_and_test.py."""
+"""How the demo fails; a whole one is run in test_train_and_test.py."""
 
 from __future__ import annotations
 

@@ -61,17 +61,6 @@ def test_gpu_without_cuda_toolkit(clone):
     assert result.returncode == 1 and 'has an NVIDIA GPU but no nvcc' in result.stderr
 
 
-def test_finished_setup_is_not_repeated(clone):
-    code = (
-        'import sys; sys.path.insert(0, "tools"); import setup_env as s; env = s.ENVIRONMENTS["newest"];'
-        'env.venv.mkdir(); env.stamp.write_text(s.fingerprint(env)); s.check_machine = None; s.main()'
-    )
-    assert run(clone, sys.executable, '-c', code).returncode == 0
-    (clone / 'requirements.txt').write_text('torch==1.0\n')
-    result = set_up(clone, CXX='no-such-compiler')
-    assert result.returncode == 1, 'changed pins ask for a new set-up'
-
-
 @pytest.mark.parametrize('name', [*setup_env.ENVIRONMENTS])
 def test_pins_keep_what_was_chosen(name):
     """Every version in a .in file is in the generated list, which names no place to download from."""
