@@ -32,22 +32,6 @@ def test_released_backbone_equals_ours():
         assert_agree(a, b, 1e-4)
 
 
-def test_bytes_saved_counts_each_tensor_once():
-    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Sigmoid())
-    x = torch.randn(3, 4)
-    assert benchmark_ce.bytes_saved(model, x) == 3 * 8 * 4, "sigmoid's output; the weights and the input are aside"
-
-
-@pytest.mark.parametrize('depth', [18, 50])
-def test_rivals_are_networks_of_the_same_levels(depth):
-    plain, *others = CEResNet(depth, ce_cfg=None), *(models.RivalResNet(depth, name) for name in ('gc', 'se'))
-    x = torch.randn(2, 3, 64, 64)
-    shapes = [level.shape for level in plain(x)]
-    for other in others:
-        assert [level.shape for level in other(x)] == shapes
-        assert sum(p.numel() for p in other.parameters()) > sum(p.numel() for p in plain.parameters())
-
-
 @pytest.mark.parametrize('depth', [18, 50])
 @pytest.mark.parametrize(('rival', 'parameter'), [('gc', 'channel_add_conv.3.bias'), ('se', 'conv2.conv.bias')])
 def test_a_rival_takes_part_in_every_block_that_has_one(depth, rival, parameter):

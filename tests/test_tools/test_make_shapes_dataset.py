@@ -24,7 +24,7 @@ def test_same_arguments_give_the_same_files(tmp_path):
 
 
 def test_annotations_are_sound(tmp_path):
-    make_dataset(tmp_path / 'shapes', train=30, val=1)
+    make_dataset(tmp_path / 'shapes', train=10, val=1)
     coco = COCO(tmp_path / 'shapes' / 'annotations' / 'instances_train.json')
     assert [c['name'] for c in coco.loadCats(coco.getCatIds())] == list(CLASSES)
     annotations = coco.loadAnns(coco.getAnnIds())

@@ -43,16 +43,6 @@ def test_a_network_has_the_branches_and_steps_of_its_name(name, theta, steps):
     assert {ce.theta.requires_grad for ce in ces} == {theta == 0}
 
 
-def test_batches_are_crops_and_flips_of_the_images():
-    images = torch.arange(1.0, 17).expand(3, 16, 16).repeat(100, 1, 1, 1), torch.arange(100)
-    (pixels, labels), *others = study.augmented_batches(images, torch.Generator().manual_seed(0))
-    assert not others, 'the 36 images that fill no batch are left'
-    assert len(set(labels.tolist())) == 64
-    rows = pixels[:, 0, 8]
-    assert set(rows.diff(dim=1)[:, 4:-4].unique().tolist()) == {-1.0, 1.0}
-    assert set(rows[:, 8].tolist()) >= {7, 8, 9, 10, 11}
-
-
 def test_training_learns(data):
     assert study.train(study.build_network('ce-t3', 2), ARGS, 1e-3, 0, data)['accuracy'] == 1
 
