@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from mmdet.models import ResNet
-from utils import assert_agree, randomize
+from utils import NoFloat64, assert_agree, randomize
 
 from mmdet_ce import CEResNet
 from mmdet_ce.calibration import calibrate
@@ -97,3 +97,11 @@ def test_evaluation_agrees_with_training_after_calibration():
     assert drift(batches[0]) < 1e-20
     calibrate(backbone, batches, 6)
     assert max(map(drift, batches)) < 2e-3
+
+
+def test_a_device_without_float64():
+    backbone = make().float()
+    before, batches = copy.deepcopy(statistics(backbone)), [batch.float() for batch in images(2)]
+    with NoFloat64():
+        assert calibrate(backbone, batches, 2, with_bn=True) == 2
+    assert not any(torch.equal(before[key], value) for key, value in statistics(backbone).items())

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 from mmdet.models import ResNet
-from torch.overrides import TorchFunctionMode
-from utils import randomize
+from utils import NoFloat64, randomize
 
 from mmdet_ce import CEMobileNetV2, CEResNet
 from mmdet_ce.channel_analysis import analyze_channels, inhibited_share, normalized_entropy, off_diagonal_energy
@@ -109,15 +108,6 @@ def test_changes_nothing_where_it_is_interrupted_too():
     assert [m.training for m in backbone.modules()] == modes
     assert not any(m._forward_hooks for m in backbone.modules())
     assert all(torch.equal(t, state[key]) for key, t in backbone.state_dict().items())
-
-
-class NoFloat64(TorchFunctionMode):
-    """A device without float64, as Apple's."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        assert not (torch.is_tensor(out) and out.dtype == torch.float64), function
-        return out
 
 
 def test_a_device_without_float64():

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from mmdet_ce import ChannelEquilibrium
 from mmdet_ce.compat import FEATURES, TORCH
@@ -104,3 +105,12 @@ def wait_until(condition, seconds: float = 20) -> bool:
     while not condition() and time.monotonic() < end:
         time.sleep(0.02)
     return condition()
+
+
+class NoFloat64(TorchFunctionMode):
+    """A device without float64, as Apple's."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        assert not (torch.is_tensor(out) and out.dtype == torch.float64), function
+        return out
