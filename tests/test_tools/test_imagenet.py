@@ -80,7 +80,7 @@ def images(tmp_path_factory):
     return folder / 'classes'
 
 
-@pytest.mark.parametrize('name, epochs', [('resnet50-ce_8xb32_in1k', 2), ('resnet50_8xb32_in1k', 1)])
+@pytest.mark.parametrize('name, epochs', [('resnet50-ce_8xb32_in1k', 4), ('resnet50_8xb32_in1k', 1)])
 def test_trains_and_moves_to_a_detector(name, epochs, env, images, tmp_path):
     config = tmp_path / 'config.py'
     config.write_text(CONFIG.format(base=CONFIGS / f'{name}.py', data=images))
