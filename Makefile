@@ -41,7 +41,7 @@ test-kernels: setup
 
 # What only a GPU can show: tests, speed, a profile, a short training; one report, work_dirs/gpu/report.md.
 gpu: setup
-	@.venv/bin/python tools/dev_scripts/gpu_report.py
+	@.venv/bin/python tools/dev_scripts/gpu_run.py
 
 lint: setup
 	@.venv/bin/ruff check --quiet .

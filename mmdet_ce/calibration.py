@@ -46,7 +46,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], num_batches: int, with_b
     momenta = {m: m.momentum for m in layers}
     buffers = [buffer for m in layers for buffer in m.buffers()]
     results = [buffer.clone() for buffer in buffers]
-    count, sums = 0, [np.zeros(buffer.shape) for buffer in buffers]  # in numpy: some devices have no float64
+    count, sums = 0, [np.zeros(buffer.shape) for buffer in buffers]  # in NumPy: some devices do not support float64
     try:
         model.eval()
         for m in layers:

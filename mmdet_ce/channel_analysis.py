@@ -3,7 +3,7 @@
 A layer is a norm together with the CE that follows it, named after the norm, so that a plain network and one with CE
 pair up by name. Its response is the positive part of what it puts out, what a ReLU lets through, before a shortcut is
 added; a channel's contribution is its mean response over images and positions. Norms of shortcuts, which no ReLU
-follows, are left out. Sums over the images are NumPy's, in float64: some devices have none.
+follows, are left out. Sums over the images are NumPy's, in float64, which some devices do not support.
 """
 
 from __future__ import annotations

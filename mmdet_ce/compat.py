@@ -1,6 +1,6 @@
 """What differs between the supported versions of torch, and nothing else.
 
-Each entry names the oldest torch that does without it: once nothing older is supported, the entry goes.
+Each entry says from which oldest supported torch on it can be removed.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ def missing_features(torch_version: tuple[int, int] = TORCH) -> list[str]:
 
 
 def outside_graphs(function: Callable) -> Callable:
-    """Keep a function out of the graphs of torch.compile that cannot trace it. torch 2.6: nothing is kept out."""
+    """Keep a function out of the graphs of torch.compile that cannot trace it. Remove it when torch >= 2.6."""
     return function if TORCH >= FEATURES['torch.compile without a graph break'] else torch.compiler.disable(function)
 
 
 def without_autocast(device_type: str) -> AbstractContextManager:
-    """Return a context in which autocast is off. torch 2.4: any device type can be asked whether it is on."""
+    """Return a context in which autocast is off. Remove it when torch >= 2.4."""
     if TORCH >= (2, 4):  # torch.compile in torch 2.11 cannot trace the question whether a device type has an autocast
         has_autocast = is_compiling() or torch.amp.is_autocast_available(device_type)
         is_on = has_autocast and torch.is_autocast_enabled(device_type)
@@ -57,6 +57,6 @@ def without_autocast(device_type: str) -> AbstractContextManager:
 
 @torch.compiler.assume_constant_result  # torch 2.11 cannot trace a look at the switch
 def is_tf32_allowed() -> bool:
-    """Return whether CUDA may multiply float32 in TF32. torch 2.9: fp32_precision; the old switch can raise there."""
+    """Return whether CUDA may multiply float32 in TF32. From torch 2.9 on it is fp32_precision."""
     matmul = torch.backends.cuda.matmul
     return matmul.fp32_precision == 'tf32' if TORCH >= (2, 9) else matmul.allow_tf32

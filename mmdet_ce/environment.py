@@ -23,8 +23,8 @@ def check_environment() -> None:
     """Compare the installed framework's versions with the supported ones.
 
     Raises:
-        ImportError: If a part is too old, or mmcv has no compiled operators. Of what is not installed at all, the
-            import itself says so.
+        ImportError: If a part is too old, or mmcv has no compiled operators. A missing package
+            raises Python's own error.
     """
     for name, least in LEAST.items():
         version = importlib.import_module(name).__version__

@@ -14,7 +14,7 @@ from mmengine.runner import Runner
 
 pytestmark = pytest.mark.slow
 
-ITERATIONS = 50
+ITERATIONS = 20
 
 
 class Losses(Hook):
@@ -56,7 +56,7 @@ def train(cfg, work_dir, seed, iterations=ITERATIONS):
 
 
 def test_same_seed_same_losses(cfg, tmp_path):
-    """All losses of 50 iterations, CE's running statistics and all weights, to the bit."""
+    """All losses of 20 iterations, CE's running statistics and all weights, to the bit."""
     (losses, state), (again, state_again) = (train(cfg, tmp_path / name, seed=0) for name in ('first', 'second'))
     other, _ = train(cfg, tmp_path / 'other', seed=1, iterations=10)
     assert len(losses) == ITERATIONS and losses == again

@@ -40,7 +40,7 @@ def test_environment_and_errors():
 
 @pytest.mark.slow
 def test_installed_package_has_every_config(tmp_path):
-    """Installed into a folder of its own; every config is built from there.
+    """Installed into a folder of its own; every config is read from there.
 
     Python starts beside the clone, whose name is the package's and which hides an editable installation.
     """
@@ -53,11 +53,9 @@ def test_installed_package_has_every_config(tmp_path):
     listed = run('configs', cwd=tmp_path, env=env).stdout.splitlines()
     assert listed[:-1] == config_names() and listed[-1] == f'(in {tmp_path / "site" / "mmdet_ce" / "configs"})'
     code = (
-        'import sys, mmdet_ce.__main__ as m; from mmengine.config import Config\n'
-        'from mmdet.utils import register_all_modules; register_all_modules()\n'
-        'from mmdet.registry import MODELS\n'
+        'import mmdet_ce.__main__ as m; from mmengine.config import Config\n'
         "paths = [p for p in m.CONFIGS.glob('*/*.py') if p.parent.name != 'imagenet']\n"
-        'for path in paths: MODELS.build(Config.fromfile(path).model)\n'
+        'for path in paths: Config.fromfile(path)\n'
         'print(len(paths), m.CONFIGS)'
     )
     result = subprocess.run(

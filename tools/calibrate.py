@@ -42,8 +42,7 @@ def main() -> None:
     parser.add_argument('--num-batches', type=int, default=200, help='batches averaged over (default: %(default)s)')
     parser.add_argument('--bn', action='store_true', help="set BatchNorm's running statistics too")
     parser.add_argument('--seed', type=int, default=0, help='of the batches and their augmentation (default: 0)')
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    parser.add_argument('--device', default=device, help='(default: %(default)s)')
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE')
     args = parser.parse_args()
     cfg = read_config(args.config, args.cfg_options)

@@ -35,19 +35,6 @@ PLAIN_CONFIG = 'configs/demo/mask-rcnn_r18_fpn_8e_shapes.py --cfg-options model.
 PROGRESS = re.compile(r'Epoch\(train\) +(\[\d+\]\[ *\d+/\d+\]).* (eta: \S+( days?, \S+)?) .* (loss: \S+)\s')
 
 
-class Progress:
-    """Prints a line now and then of those that a training prints."""
-
-    printed = 0.0
-
-    def __call__(self, line: str) -> None:
-        """Look at a line."""
-        match = PROGRESS.search(line)
-        if match and time.monotonic() > self.printed + 30:
-            self.printed = time.monotonic()
-            print(f'epoch and iteration {match[1]}, {match[4]}, {match[2]}', flush=True)
-
-
 def draw_detections(config: Path, checkpoint: Path, images: list[Path], out_file: Path) -> None:
     """Draw what a detector finds in images, in rows of three; mmdet's visualizer writes large on large images alone."""
     inferencer = DetInferencer(str(config), str(checkpoint), show_progress=False)
@@ -64,14 +51,21 @@ def main() -> None:
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/demo'), help='(default: %(default)s)')
     work_dir = parser.parse_args().work_dir
     os.chdir(TOOLS.parent)
-    start, log, picture = time.monotonic(), work_dir / 'output.txt', work_dir / 'detections.png'
+    start, shown, log, picture = time.monotonic(), 0.0, work_dir / 'output.txt', work_dir / 'detections.png'
     for old in (log, *work_dir.glob('epoch_*.pth')):  # of the demo before
         old.unlink(missing_ok=True)
+
+    def show_progress(line: str) -> None:
+        nonlocal shown
+        match = PROGRESS.search(line)
+        if match and time.monotonic() > shown + 30:
+            shown = time.monotonic()
+            print(f'epoch and iteration {match[1]}, {match[4]}, {match[2]}', flush=True)
 
     def run(*words: object) -> None:
         tool, *arguments = map(str, words)
         print(f'\n$ python {shlex.join([tool, *arguments])}', flush=True)
-        run_logged([sys.executable, '-W', 'ignore', tool, *arguments], log, Progress())
+        run_logged([sys.executable, '-W', 'ignore', tool, *arguments], log, show_progress)
 
     if not DATA.exists():
         make_dataset(DATA)

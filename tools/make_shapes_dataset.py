@@ -6,7 +6,6 @@ and texture are random), shapes overlap, and annotations cover the visible part.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -106,22 +105,3 @@ def make_dataset(folder: Path, train: int = 400, val: int = 80, size: int = 128,
         scratch.rename(folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('folder', type=Path)
-    parser.add_argument('--train', type=int, default=400, help='training images (default: %(default)s)')
-    parser.add_argument('--val', type=int, default=80, help='validation images (default: %(default)s)')
-    parser.add_argument('--size', type=int, default=128, help='side of an image in pixels (default: %(default)s)')
-    parser.add_argument('--seed', type=int, default=0, help='(default: %(default)s)')
-    args = parser.parse_args()
-    try:
-        make_dataset(args.folder, args.train, args.val, args.size, args.seed)
-    except FileExistsError as error:
-        parser.error(str(error))
-
-
-if __name__ == '__main__':
-    main()

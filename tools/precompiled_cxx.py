@@ -1,13 +1,8 @@
 #!/usr/bin/env python3
-"""The C++ compiler of mmcv's build, with torch's header compiled once instead of once a file.
+"""The C++ compiler of mmcv's build (MMDET_CE_CXX), with torch's header compiled once instead of once a file.
 
-Set-up names this script as CXX. At the first file it precompiles the header that every source of mmcv includes, with
-the flags of that very call, so that they always agree, and gives it to each compilation. Where the compiler cannot
-precompile it, the files are compiled as they are. Standard library only.
-
-Environment:
-    MMDET_CE_CXX: The real compiler.
-    MMDET_CE_HEADER: The file torch.h in a scratch folder, which includes the header; torch.h.gch is made beside it.
+At the first file it precompiles the header MMDET_CE_HEADER, which every source of mmcv includes, with the flags of that
+very call, so that they always agree. Where the compiler cannot, the files are compiled as they are.
 """
 
 import fcntl
@@ -35,20 +30,12 @@ def precompile(compiler: str, header: Path, args: 'list[str]') -> bool:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not log.exists():
             with open(log, 'w') as output:
-                command = [compiler, *flags(args), '-x', 'c++-header', str(header), '-o', str(compiled)]
+                # without input, outputs and list of dependencies
+                drop = {'-c', '-MMD', '-o', '-MF', *(b for a, b in zip(args, args[1:]) if a in ('-o', '-MF'))}
+                flags = [arg for arg in args if arg not in drop and not arg.endswith('.cpp')]
+                command = [compiler, *flags, '-x', 'c++-header', str(header), '-o', str(compiled)]
                 subprocess.call(command, stdout=output, stderr=output)
     return compiled.exists()
-
-
-def flags(args: 'list[str]') -> 'list[str]':
-    """Return a call's arguments without its input, its outputs and its list of dependencies."""
-    rest, items = [], iter(args)
-    for item in items:
-        if item in ('-o', '-MF'):
-            next(items)
-        elif item not in ('-c', '-MMD') and not item.endswith('.cpp'):
-            rest.append(item)
-    return rest
 
 
 if __name__ == '__main__':

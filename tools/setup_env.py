@@ -1,8 +1,8 @@
 """Create one of the environments that the tests run in: its pins and this package, editable, in a folder of its own.
 
 Standard library only: it runs before anything is installed. Safe to repeat, and to interrupt: a finished set-up is
-recognised by a stamp and costs nothing, an unfinished one is continued. mmcv's operators take many minutes to compile,
-so the built wheel is kept in the user's cache directory and serves every later clone on the machine.
+recognised by a stamp and costs nothing, an unfinished one is continued. mmcv's operators take minutes to compile, so
+the built wheel is kept in the user's cache directory and serves every later clone on the machine.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import hashlib
-import importlib.util
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -54,26 +52,16 @@ ENVIRONMENTS = {
     'common': Environment((3, 8), ROOT / 'requirements-common.txt', ROOT / '.venv-common'),
 }
 
-# Two wheels of mmcv are interchangeable only if all of this agrees: the interpreter, the exact torch build, and
-# whether the CUDA operators were compiled (mmcv decides by a visible GPU or FORCE_CUDA) and for which architectures.
+# Two wheels of mmcv are interchangeable only if interpreter, machine, torch build, and CUDA or not, agree.
 BUILD_KEY_CODE = """
 import os, sys, platform, torch
-ops = 'cpu'
-if torch.version.cuda and (torch.cuda.is_available() or os.getenv('FORCE_CUDA', '0') == '1'):
-    archs = os.getenv('TORCH_CUDA_ARCH_LIST') or '_'.join(sorted({
-        '%d.%d' % torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}))
-    ops = 'cu' + torch.version.cuda + '-sm' + archs
-print('-'.join(['cp%d%d' % sys.version_info[:2], platform.machine(), 'torch' + torch.__version__, ops])
-      .replace(' ', '_').replace(';', '_'))
+cuda = torch.version.cuda and (torch.cuda.is_available() or os.getenv('FORCE_CUDA', '0') == '1')
+name = torch.cuda.get_device_name().replace(' ', '_') if torch.cuda.is_available() else 'any'
+ops = f'cu{torch.version.cuda}-{name}' if cuda else 'cpu'
+print('-'.join(['cp%d%d' % sys.version_info[:2], platform.machine(), 'torch' + torch.__version__, ops]))
 """
 
-CHECK_CODE = """
-import torch, mmcv.ops, mmengine, mmdet, pycocotools.mask, mmdet_ce
-boxes = torch.tensor([[0., 0., 9., 9.], [1., 1., 9., 9.]])
-assert len(mmcv.ops.nms(boxes, torch.tensor([.9, .8]), 0.5)[1]) == 1
-print(f'torch {torch.__version__}, mmcv {mmcv.__version__}, mmengine {mmengine.__version__}, '
-      f'mmdet {mmdet.__version__}, mmdet_ce {mmdet_ce.__version__}')
-"""
+CHECK_CODE = 'import mmcv.ops; from mmdet_ce.environment import describe_versions as d; print(d())'
 
 
 def fail(message: str) -> None:
@@ -81,37 +69,16 @@ def fail(message: str) -> None:
     sys.exit(f'setup: error: {message}')
 
 
-def say(message: str) -> None:
-    """Print one line of progress at once."""
-    print(f'setup: {message}', flush=True)
-
-
 def check_machine(env: Environment) -> None:
-    """Check everything that set-up needs from the machine, before anything is downloaded."""
+    """Check what set-up needs from the machine, before anything is downloaded."""
     want = '.'.join(map(str, env.python))
     if sys.version_info[:2] != env.python:
-        fail(
-            f'Python {want} is needed, this is {sys.version.split()[0]} ({sys.executable}); '
-            f'install it or name it: make PYTHON=/path/to/python{want} ...'
-        )
-    if importlib.util.find_spec('ensurepip') is None:
-        fail(f'this Python has no venv module; install it (Debian and Ubuntu: apt install python{want}-venv)')
+        fail(f'Python {want} is needed, this is {sys.version.split()[0]} ({sys.executable}); make PYTHON=PATH names it')
     compiler = (os.environ.get('CXX') or 'c++').split()[0]
     if shutil.which(compiler) is None:
-        fail(
-            f"no C++ compiler ('{compiler}' not found), and mmcv's operators are compiled; install one "
-            '(Debian and Ubuntu: apt install g++) or set CXX'
-        )
+        fail(f"no C++ compiler ('{compiler}' not found) for mmcv's operators; install one (apt install g++) or set CXX")
     if not Path(sysconfig.get_path('include'), 'Python.h').is_file():
-        fail(
-            f"Python's C headers (Python.h) are missing; install them (Debian and Ubuntu: apt install python{want}-dev)"
-        )
-    gpu = shutil.which('nvidia-smi') and os.environ.get('CUDA_VISIBLE_DEVICES') != ''
-    if gpu and not (shutil.which('nvcc') or os.environ.get('CUDA_HOME')):
-        fail(
-            "this machine has an NVIDIA GPU but no nvcc, which compiles mmcv's CUDA operators; install the toolkit of "
-            "torch's CUDA version, or set up for the CPU alone: CUDA_VISIBLE_DEVICES= make ..."
-        )
+        fail(f"Python's C headers (Python.h) are missing; install them (apt install python{want}-dev)")
 
 
 def fingerprint(env: Environment) -> str:
@@ -122,125 +89,57 @@ def fingerprint(env: Environment) -> str:
     return digest.hexdigest()
 
 
-def pip(env: Environment, what: str, *args: str) -> None:
+def pip(env: Environment, what: str, *args: str, **variables: str) -> None:
     """Run the environment's pip as one step of the set-up; its output goes into a log."""
     start, log = time.monotonic(), env.venv / 'setup.log'
     command = [str(env.interpreter), '-m', 'pip', '--disable-pip-version-check', *args]
     print(f'setup: {what} ...', end='', flush=True)
     with open(log, 'a') as output:
-        status = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT).returncode
+        options = dict(cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **variables})
+        status = subprocess.run(command, **options).returncode
     print(f' {time.monotonic() - start:.0f} s', flush=True)
     if status:
-        print_end(log)
+        print(*log.read_text().splitlines()[-30:], sep='\n')
         fail(f'pip failed: {" ".join(command)}; the end of its output is above, all of it in {log}')
-
-
-def print_end(log: Path) -> None:
-    """Print the last lines of a log."""
-    print(*log.read_text().splitlines()[-30:], sep='\n')
-
-
-def create_venv(env: Environment) -> None:
-    """Create the environment's folder, anew if it belongs to another Python or does not start."""
-    probe = 'import sys; print("%d.%d" % sys.version_info[:2])'
-    if env.interpreter.exists():
-        found = subprocess.run([str(env.interpreter), '-c', probe], capture_output=True, text=True).stdout.strip()
-        if found == '.'.join(map(str, env.python)):
-            return
-    say(f'creating {env.venv}')
-    subprocess.run([sys.executable, '-m', 'venv', '--clear', str(env.venv)], check=True)
-
-
-def build_jobs() -> int:
-    """Return how many compilers to run at once: one a core, and 2 GiB of memory for each."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-    return max(1, min(cores, memory // (2 << 30)))
-
-
-def show_build(lines, log, start: float) -> None:
-    """Copy the build's output to ``log`` and show ninja's counter: in place on a terminal, else a line a minute."""
-    tty, shown = sys.stdout.isatty(), 0.0
-    for line in lines:
-        log.write(line)
-        step = re.match(r'\s*\[(\d+)/(\d+)\]', line)
-        now = time.monotonic()
-        if not step or (not tty and now - shown < 60 and step[1] != step[2]):
-            continue
-        shown = now
-        text = f'setup: compiling mmcv {int(step[1]):>3}/{step[2]} files, {(now - start) / 60:.1f} min'
-        print(f'\r{text}' if tty else text, end='' if tty else '\n', flush=True)
-    if tty:
-        print()
 
 
 def mmcv_wheel(env: Environment) -> Path:
     """Return mmcv's wheel from the cache, built first if it is not there."""
-    key = subprocess.run([str(env.interpreter), '-c', BUILD_KEY_CODE], capture_output=True, text=True)
-    if key.returncode:
-        fail(f'the installed torch does not work:\n{key.stderr}')
-    cache = os.environ.get('XDG_CACHE_HOME', '')
-    cache = Path(cache if os.path.isabs(cache) else Path.home() / '.cache') / 'mmdet_ce'
-    folder = cache / f'{env.pinned("mmcv").replace("==", "")}-{key.stdout.strip()}'
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f'cannot write the cache of built wheels ({error}); set XDG_CACHE_HOME to a folder that can be written')
+    command = [str(env.interpreter), '-W', 'ignore', '-c', BUILD_KEY_CODE]
+    key = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
+    folder = cache / 'mmdet_ce' / f'{env.pinned("mmcv").replace("==", "")}-{key.stdout.strip()}'
+    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / 'lock', 'w') as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say('another set-up is building mmcv; waiting for it')
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another set-up may be building it
         wheels = sorted(folder.glob('mmcv-*.whl'))
-        if wheels:
-            say(f'mmcv from the cache: {wheels[0]}')
-            return wheels[0]
-        return build_mmcv(env, folder)
+        return wheels[0] if wheels else build_mmcv(env, folder)
 
 
 def build_mmcv(env: Environment, folder: Path) -> Path:
-    """Compile mmcv with its operators into ``folder``; the wheel appears there only when it is whole."""
-    jobs = build_jobs()
-    say(f'compiling mmcv with its operators, {jobs} at a time: once a machine, about 4 minutes on two cores')
-    start, log_path = time.monotonic(), folder / 'build.log'
-    variables = dict(
-        os.environ,
-        MMCV_WITH_OPS='1',
-        MAX_JOBS=str(jobs),
-        PYTHONUNBUFFERED='1',
-        PATH=f'{env.venv / "bin"}{os.pathsep}{os.environ.get("PATH", "")}',
-    )
+    """Compile mmcv with its operators into ``folder``, by precompiled_cxx.py: in 3 minutes instead of 16."""
     scratch = folder / 'build'
     shutil.rmtree(scratch, ignore_errors=True)  # of a build that was interrupted
     scratch.mkdir()
-    with open(log_path, 'w') as log:
-        variables.update(precompiling_compiler(scratch))
-        command = [
-            *(str(env.interpreter), '-m', 'pip', '--disable-pip-version-check', 'wheel', '-v', '--no-deps'),
-            *('--no-build-isolation', '--no-binary', 'mmcv', '--no-cache-dir', '-w', str(scratch), env.pinned('mmcv')),
-        ]
-        process = subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        show_build(process.stdout, log, start)
-        wheels = list(scratch.glob('mmcv-*.whl'))
-        if process.wait() or not wheels:
-            log.flush()
-            print_end(log_path)
-            fail(f'building mmcv failed; the end of its output is above, all of it in {log_path}')
-        wheel = folder / wheels[0].name
-        os.replace(wheels[0], wheel)
-    shutil.rmtree(scratch)
-    say(f'mmcv built in {(time.monotonic() - start) / 60:.1f} min: {wheel}')
-    return wheel
-
-
-def precompiling_compiler(scratch: Path) -> dict[str, str]:
-    """Return the variables that put precompiled_cxx.py in the place of the compiler: 3 minutes instead of 16."""
     header = scratch / 'torch.h'
     header.write_text('#include <torch/types.h>\n')
-    compiler = os.environ.get('CXX') or 'c++'
-    wrapper = str(ROOT / 'tools' / 'precompiled_cxx.py')
-    return dict(CXX=wrapper, MMDET_CE_CXX=compiler, MMDET_CE_HEADER=str(header), TORCH_DONT_CHECK_COMPILER_ABI='1')
+    variables = dict(
+        MMCV_WITH_OPS='1',
+        MAX_JOBS=str(os.cpu_count() or 1),
+        PATH=f'{env.venv / "bin"}{os.pathsep}{os.environ.get("PATH", "")}',
+        CXX=str(ROOT / 'tools' / 'precompiled_cxx.py'),
+        MMDET_CE_CXX=os.environ.get('CXX') or 'c++',
+        MMDET_CE_HEADER=str(header),
+        TORCH_DONT_CHECK_COMPILER_ABI='1',
+    )
+    arguments = ('-v', '--no-deps', '--no-build-isolation', '--no-binary', 'mmcv', '--no-cache-dir', '-w', str(scratch))
+    what = 'compiling mmcv with its operators, once a machine, 3 to 4 minutes on two cores'
+    pip(env, what, 'wheel', *arguments, env.pinned('mmcv'), **variables)
+    (built,) = scratch.glob('mmcv-*.whl')
+    wheel = folder / built.name
+    os.replace(built, wheel)
+    shutil.rmtree(scratch)
+    return wheel
 
 
 def install_apart(env: Environment, name: str) -> None:
@@ -275,7 +174,7 @@ def set_up(env: Environment) -> None:
     """Create the environment and install everything into it."""
     start = time.monotonic()
     check_machine(env)
-    create_venv(env)
+    subprocess.run([sys.executable, '-m', 'venv', str(env.venv)], check=True)  # keeps what is there
     first = map(env.pinned, ('torch', 'setuptools', 'wheel', 'ninja', 'psutil'))
     pip(env, '1/4 torch and build tools', 'install', '-c', str(env.requirements), *first)
     pip(env, '2/4 mmcv', 'install', '--no-deps', str(mmcv_wheel(env)))
@@ -287,7 +186,7 @@ def set_up(env: Environment) -> None:
     if check.returncode:
         fail(f'the installed stack does not work:\n{check.stderr}')
     env.stamp.write_text(fingerprint(env))
-    say(f'ready in {(time.monotonic() - start) / 60:.1f} min: {check.stdout.strip()}')
+    print(f'setup: ready in {(time.monotonic() - start) / 60:.1f} min: {check.stdout.strip()}')
 
 
 if __name__ == '__main__':

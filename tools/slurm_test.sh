@@ -2,11 +2,7 @@
 # Usage: tools/slurm_test.sh PARTITION JOB_NAME CONFIG CHECKPOINT [arguments of tools/test.py]
 # The environment sets GPUS (8), GPUS_PER_NODE (8 at most), CPUS_PER_TASK (5) and SRUN_ARGS, which is split at spaces.
 set -euo pipefail
-if [ $# -lt 4 ]; then
-    echo "usage: $0 PARTITION JOB_NAME CONFIG CHECKPOINT [arguments of tools/test.py]" >&2
-    exit 2
-fi
-
+: "${4:?usage: $0 PARTITION JOB_NAME CONFIG CHECKPOINT [arguments of tools/test.py]}"
 gpus=${GPUS:-8}
 gpus_per_node=${GPUS_PER_NODE:-$((gpus < 8 ? gpus : 8))}
 # shellcheck disable=SC2086

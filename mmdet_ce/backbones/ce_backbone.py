@@ -102,7 +102,7 @@ class CEBackbone(BaseModule):
             raise TypeError(f'{type(self).__name__} has no argument {name!r}{hint}')
 
     def train(self, mode: bool = True) -> CEBackbone:
-        """Set the mode, while frozen stages, and norms and CE that are told so, stay in evaluation."""
+        """Set the mode. Frozen stages stay in evaluation; so do norms with ``norm_eval`` and CE with ``ce_eval``."""
         super().train(mode)
         self._statistics_checked = False
         if mode and (self.norm_eval if self.ce_eval is None else self.ce_eval):

@@ -32,7 +32,7 @@ _OneCycle = type('_OneCycle', (), {name: getattr(OneCycleParamScheduler, name) f
 
 class _Dtype:
     def __new__(cls, *args: Any) -> Any:
-        # A user who admitted the real ones gets them: which of two objects a name means is left to chance.
+        # If the user also admitted the real numpy.dtype, torch may take either of the two: both work.
         return np.dtype(*args) if np.dtype in torch.serialization.get_safe_globals() else super().__new__(cls)
 
     def __init__(self, code: str, *_: Any) -> None:

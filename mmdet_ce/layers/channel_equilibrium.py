@@ -48,7 +48,7 @@ class InstanceReweighting(nn.Module):
 
     @property
     def is_plain(self) -> bool:
-        """Whether the weights say what the gate is: no module is hooked, parametrized, wrapped or replaced."""
+        """Whether the weights alone define the gate: no module is hooked, parametrized, wrapped or replaced."""
         linear, norm = (self.fc1, self.fc2), self.norm
         return (
             all(type(layer) is nn.Linear and layer.bias is None for layer in linear)
@@ -195,8 +195,8 @@ class ChannelEquilibrium(nn.Module):
     @torch.no_grad()
     def _update(self, mean: Tensor, whitening: Tensor, scale: Tensor) -> None:
         """Move the running values towards those of the batch, unless a value of the batch was not finite."""
-        # What is not finite in a map is so in s, and what overflows in a group's covariance in all of its P_T
-        is_finite = whitening[:, 0, 0].sum() + scale < math.inf
+        # NaN or inf in the map makes s NaN or inf. An overflow of the covariance makes entries of P_T NaN or inf.
+        is_finite = (whitening.sum() + scale).abs() < math.inf
         buffers = self.bd.running_mean, self.bd.running_whitening, self.ir.running_scale
         for running, value in zip(buffers, (mean, whitening, scale)):
             running.lerp_(torch.where(is_finite, value.to(running.dtype), running), self.momentum)

@@ -1,4 +1,4 @@
-"""Whether a call of a module does more than its class says."""
+"""Whether a module has hooks, or a forward of its own."""
 
 from __future__ import annotations
 

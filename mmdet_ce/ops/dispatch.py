@@ -1,8 +1,9 @@
-"""Which form of the operator a layer takes: torch, or Triton on GPUs. Chosen here alone.
+"""Which form of the operator a layer takes: torch, or Triton on GPUs. This is the only place that chooses.
 
 ``MMDET_CE_KERNELS`` decides: ``auto`` (the default) takes Triton where it runs and agrees with the torch form, which
-``triton_check`` finds out at first use; ``torch`` never takes it; ``triton`` raises where ``auto`` would take torch.
-What is taken is logged once a process; a check that fails is a warning.
+``triton_check`` finds out at first use; ``torch`` never takes it; ``triton`` raises where the device cannot run it or a
+check fails. Layers that the kernels are not made for (``_is_covered``) take torch in any case. What is taken is logged,
+and a check that fails is a warning.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def device_obstacle(device: torch.device) -> Optional[str]:
         return f'the map is on {device.type if torch.version.hip is None else "ROCm"}, and the kernels need CUDA'
     capability = torch.cuda.get_device_capability(device)
     if capability < LEAST_CAPABILITY:
-        return f'compute capability {capability[0]}.{capability[1]} is below 8.0'
+        return f'compute capability {capability[0]}.{capability[1]} is below {".".join(map(str, LEAST_CAPABILITY))}'
     try:
         import triton
     except Exception as error:
@@ -116,10 +117,10 @@ def _triton_form(options: Options) -> Forms:
 
 
 def _report(device: torch.device, choice: str, reason: Optional[str]) -> None:
-    """Say once a process and device which form is taken; warn where a check has failed."""
-    if (device, reason is None) in _reported:
+    """Say once a process, device and reason which form is taken; warn where a check has failed."""
+    if (device, reason) in _reported:
         return
-    _reported.add((device, reason is None))
+    _reported.add((device, reason))
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
     form = f'Triton ({VARIABLE}={choice})' if reason is None else f'torch ({reason})'
     if reason is None or device_obstacle(device):

@@ -12,8 +12,8 @@ from .precision import matmul
 from .records import Inputs, Saved
 
 LAYER_NORM_EPS = 1e-5
-# LayerNorm divides by the size of its input, but squares it first: variances above this one are divided by their
-# largest before. Beside what is left eps is too small to count, so the gate stays the same.
+# LayerNorm does not depend on the size of its input, but squaring large values overflows. So a sample whose largest
+# variance is above this is divided down to it. The eps of LayerNorm is negligible beside it.
 LARGE_VARIANCE = 2.0**40
 
 

@@ -22,10 +22,14 @@ from torch import Tensor
 
 from . import precision
 
-# S is handed on in this unit, a power of two, which costs no digits: the sum of a map's squares leaves float32's range
-# before their mean does. Up to 2**20 positions it does not exceed the largest square.
+# S is kept in units of 2**20, since the plain sum of squares can overflow float32. A power of two costs no precision.
 SCATTER_UNIT = 2.0**20
 ROOT_UNIT = 2.0**10
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Return whether a map is channels_last; one that is neither that nor contiguous is copied to contiguous."""
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 class GroupedMap(NamedTuple):
@@ -51,7 +55,7 @@ def group(
     """
     (n, _, h, w), d = x.shape, group_size
     if channels_last is None:
-        channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        channels_last = is_channels_last(x)
     converted = x if dtype == torch.float32 and precision.stays_16_bit(x) else x.to(dtype)
     if channels_last:
         by_position = converted.permute(0, 2, 3, 1).reshape(n, h * w, -1, d)
@@ -67,9 +71,9 @@ def reduce(x: GroupedMap, with_covariance: bool) -> tuple[Tensor, Tensor]:
     """Return the means m of each sample's positions and the products summed about them.
 
     They are m, (N, G, d), and the scatter S = (x - m)(x - m)^T, (N, G, d, d), or without covariance its diagonal, in
-    units of ``SCATTER_UNIT``. About zero instead of m, a mean of many deviations would cost float32 the digits of the
-    variance. 16-bit maps are not harmed: their own rounding is larger than what the float32 sums lose. (Those could
-    overflow, though: of bfloat16 maps on CUDA from magnitudes of 1e16 on.)
+    units of ``SCATTER_UNIT``. Sums about zero instead of m would lose the variance of a channel whose mean is many
+    deviations. They are good enough for 16-bit maps, whose own rounding is larger. (bfloat16 maps on CUDA can overflow
+    from magnitudes of 1e16 on.)
     """
     values, length = x.values, x.values.shape[2]
     if values.element_size() == 2:
@@ -133,6 +137,9 @@ def apply_backward(dy: GroupedMap, x: GroupedMap, matrix: Tensor, k_matrix: Tens
     ``dy`` is the gradient before the ReLU. K is (N, G, d, d), symmetric, or where it is diagonal its diagonal.
     """
     matrix, k_matrix, k_vector = (t.flatten(0, 1).to(x.values.dtype) for t in (matrix, k_matrix, -k_vector))
+    on_cuda = x.values.is_cuda or x.values.element_size() == 2
+    if k_matrix.dim() == 2 and not on_cuda:  # there addcmul is slow at broadcasting what it adds to
+        return _as_map(_product(matrix.mT, dy.values, k_vector, x).addcmul_(k_matrix[..., None], x.values), x)
     if k_matrix.dim() == 2:
         dx = torch.addcmul(k_vector[..., None], k_matrix[..., None], x.values)
     else:

@@ -34,7 +34,8 @@ def inverse_sqrt_newton(normalized: Tensor, num_iterations: int) -> Tensor:
 
     The paper iterates P <- 1.5 P - 0.5 P^3 Sigma_N from P = I. Here Y = P Sigma_N is carried along (the coupled
     Newton-Schulz form): the same P in exact arithmetic, but stable, where the single form diverges in float32 after
-    some ten steps. T belongs to the model: a checkpoint must run with the T that it was trained with.
+    some ten steps. Evaluation uses the stored P_T; a training that goes on with another T changes
+    the network.
     """
     identity, y = eye(normalized), normalized  # P_0 and Y_0 = P_0 Sigma_N
     step = p = torch.lerp(identity, y, -0.5)  # 1.5 I - 0.5 Sigma_N, the first step from P_0 = I

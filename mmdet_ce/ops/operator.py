@@ -30,6 +30,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from .. import compat
 from . import dispatch, precision
+from .maps import is_channels_last
 from .records import Coefficients, Inputs, Options
 
 
@@ -107,7 +108,7 @@ def channel_equilibrium(
         if precision.is_tracing():  # the same, in operations that a trace records
             out, c, _ = _forward(x, residual, relu, form, options, Inputs(*inputs))
             # Copied: adding to a view in place would put reshapes around all that follows in an exported graph
-            out = out.clone(memory_format=torch.contiguous_format if x.is_contiguous() else torch.channels_last)
+            out = out.clone(memory_format=torch.channels_last if is_channels_last(x) else torch.contiguous_format)
             statistics = [None if t is None else t.detach() for t in (c.mean, c.whitening, c.scale)]
         else:
             out, *statistics = _ChannelEquilibrium.apply(x, residual, relu, form, options, *inputs)

@@ -18,6 +18,7 @@ import triton
 from torch import Tensor
 
 from . import triton_map_kernels as kernels
+from .maps import is_channels_last
 
 
 class Tiling(NamedTuple):
@@ -61,7 +62,8 @@ def group(
     in float32 and need no scratch.
     """
     n, c, h, w = x.shape
-    channels_last = not x.is_contiguous() if channels_last is None else channels_last
+    if channels_last is None:
+        channels_last = is_channels_last(x)
     x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     return StridedMap(x, group_size, (n, c // group_size, h * w), channels_last)
 
@@ -107,6 +109,8 @@ def reduce_backward(
     (n, g, _), d = x.shape, x.group_size
     grid, sizes, constants = _plan('reduce_backward', x)
     grad = group(grad, d, channels_last=x.channels_last)
+    # brought into the format of x too: save_on_cpu, for one, gives a saved tensor back in another
+    out = None if out is None else group(out, d, channels_last=x.channels_last).values
     dy = grad if out is None else grad._replace(values=torch.empty_like(grad.values))
     parts = n * g * d * d, n * g * d  # what a program of the first stage adds to dM, and to dc
     partial = x.values.new_empty((grid[1], sum(parts)), dtype=torch.float32)

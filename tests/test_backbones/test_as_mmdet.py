@@ -185,21 +185,6 @@ def test_what_mmdet_refuses_is_refused_as_mmdet_does(name, arguments, ce):
 # ---- tensors without values, and hooks ----
 
 
-@FAMILY_CASES
-@pytest.mark.parametrize('training', [True, False])
-@pytest.mark.parametrize(
-    'ce_cfg', [dict(num_channels=16), dict(num_channels=16, identity_start=True)], ids=['CE', 'identity']
-)
-def test_meta_tensors(name, arguments, training, ce_cfg):
-    with torch.device('meta'):
-        backbone = build(f'CE{name}', ce_cfg=ce_cfg, **arguments)
-        plain = build(name, **arguments)
-    plain.train(training), backbone.train(training)
-    x = torch.empty(2, 3, 64, 96, device='meta')
-    outs = backbone(x)
-    assert [out.shape for out in outs] == [out.shape for out in plain(x)] and all(out.is_meta for out in outs)
-
-
 @pytest.mark.parametrize('name', ['ResNet', 'MobileNetV2'])
 def test_fake_tensors(name):
     """With fake weights, in training too, and with real ones."""

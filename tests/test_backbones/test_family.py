@@ -8,7 +8,7 @@ from mmdet.models import ResNet
 from mmdet.registry import MODELS
 from utils import assert_agree, randomize
 
-from mmdet_ce import CEMobileNetV2, CEResNet, ChannelEquilibrium
+from mmdet_ce import CEMobileNetV2, CEResNet
 
 FAMILY = [
     ('CEResNet', 'ResNet', dict(depth=18, base_channels=16)),
@@ -74,9 +74,8 @@ def test_frozen_stages_of_mobilenet_freeze_their_ce():
     assert all(value == name.startswith(('layer1.', 'layer2.')) for name, value in frozen.items())
 
 
-@pytest.mark.parametrize('depth', [50, 101])
-def test_position_after_the_second_norm(depth):
-    backbone = CEResNet(depth=depth, base_channels=16, ce_position='after_norm2')
+def test_position_after_the_second_norm():
+    backbone = CEResNet(depth=50, base_channels=16, ce_position='after_norm2')
     block = randomize(backbone.layer1[1]).double().eval()
     assert block.ce.in_channels == 16
     x = torch.randn(2, 64, 6, 5, dtype=torch.float64)
@@ -111,10 +110,3 @@ def test_plugin_gives_the_same_numbers(training):
     stock.train(training), ours.train(training)
     for a, b in zip(stock.double()(x.double()), ours.double()(x.double())):
         assert_agree(a, b, 1e-6)
-
-
-def test_plugin_takes_every_argument():
-    cfg = dict(type='ChannelEquilibrium', num_channels=8, num_iterations=5, reduction=2, identity_start=True)
-    plugins = [dict(cfg=cfg, stages=(False, True, False, False), position='after_conv3')]
-    layers = [m for m in ResNet(depth=50, plugins=plugins).modules() if isinstance(m, ChannelEquilibrium)]
-    assert len(layers) == 4 and all(m.is_identity and m.bd.num_iterations == 5 for m in layers)

@@ -130,43 +130,6 @@ def test_branches_are_what_the_paper_says():
     assert_agree(ratio.amax((2, 3)), ratio.amin((2, 3)), 1e-9, 'one factor a sample and channel')
 
 
-def constant(shape):
-    return torch.full(shape, 3.0)
-
-
-def one_dead_channel(shape):
-    x = torch.randn(shape)
-    x[:, 0] = 0
-    x[:, 1] = -2.0
-    return x
-
-
-@pytest.mark.parametrize('training', [True, False])
-@pytest.mark.parametrize(
-    'make, shape',
-    [
-        (torch.randn, (2, 16, 1, 1)),  # 1x1 map: no spatial variance
-        (torch.randn, (1, 16, 1, 1)),  # one value a channel: no variance at all
-        (torch.randn, (1, 16, 4, 4)),
-        (torch.zeros, (2, 16, 4, 4)),
-        (constant, (2, 16, 4, 4)),
-        (one_dead_channel, (2, 16, 4, 4)),
-        (lambda s: 1e-3 * torch.randn(s), (2, 16, 4, 4)),
-        (lambda s: 1e3 * torch.randn(s), (2, 16, 4, 4)),
-    ],
-)
-def test_fresh_block_is_finite(make, shape, training):
-    ce = ChannelEquilibrium(16).train(training)
-    x = make(shape).requires_grad_()
-    out = ce(x)
-    out.square().sum().backward()
-    for tensor in (out, x.grad, *(p.grad for p in ce.parameters()), *ce.buffers()):
-        assert torch.isfinite(tensor).all()
-    # nothing is blown up either: the largest gain of the whitening (16 channels, T = 3) is 2.9, that of 1 / s is 1 / s
-    scale = x.detach().std((2, 3), correction=0).max().item() or 1.0
-    assert out.abs().max() <= x.detach().abs().max() * (3 + 2 / scale)
-
-
 FLOAT16 = pytest.param(torch.float16, marks=needs('float16 under autocast on a CPU'))
 
 
@@ -209,9 +172,10 @@ def test_evaluation_leaves_buffers_alone_and_survives_a_later_training_pass():
 
 @pytest.mark.parametrize('value', [float('nan'), float('inf'), 3e38])
 @pytest.mark.parametrize('positions', [slice(1), slice(None)], ids=['a position', 'a channel'])
-def test_a_batch_that_is_not_finite_leaves_the_running_values(value, positions):
+@pytest.mark.parametrize('num_iterations', [1, 3])
+def test_a_batch_that_is_not_finite_leaves_the_running_values(value, positions, num_iterations):
     """A loss scaler skips its step, and BatchNorm in evaluation keeps nothing of it."""
-    ce = randomize(ChannelEquilibrium(32)).train()
+    ce = randomize(ChannelEquilibrium(32, num_iterations=num_iterations)).train()
     before = copy.deepcopy(ce.state_dict())
     x = torch.randn(2, 32, 4, 4)
     x[0, 5, positions] = value
@@ -219,20 +183,6 @@ def test_a_batch_that_is_not_finite_leaves_the_running_values(value, positions):
     assert all(torch.equal(before[k], v) for k, v in ce.state_dict().items())
     ce(torch.randn(2, 32, 4, 4))
     assert not any(torch.equal(before[k], v) for k, v in ce.named_buffers())
-
-
-@pytest.mark.parametrize('use_reentrant', [True, False])
-def test_checkpointing_updates_buffers_once(use_reentrant):
-    ce = randomize(ChannelEquilibrium(32))
-    other = copy.deepcopy(ce)
-    for _ in range(5):
-        x = torch.randn(2, 32, 4, 4)
-        a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
-        ce(a).square().sum().backward()
-        torch.utils.checkpoint.checkpoint(other, b, use_reentrant=use_reentrant).square().sum().backward()
-        assert torch.equal(a.grad, b.grad)
-    for (name, p), q in zip(ce.named_buffers(), other.buffers()):
-        assert torch.equal(p, q), name
 
 
 def test_num_channels_is_halved_until_it_divides():

@@ -83,22 +83,3 @@ def test_what_changes_the_numbers_changes_them():
     hooked.ir.fc2.register_forward_hook(lambda module, inputs, out: out + 3)
     for other in (pruned, hooked):
         assert (other(x) - before).abs().max() > 1e-2
-
-
-def test_a_wrapper_trains():
-    ce = randomize(ChannelEquilibrium(32)).train()
-    lora(ce)
-    optimizer = torch.optim.SGD(ce.parameters(), lr=0.1)
-    for _ in range(2):
-        optimizer.zero_grad()
-        ce(torch.randn(2, 32, 5, 6)).square().mean().backward()
-        optimizer.step()
-    assert ce.ir.fc1.up.weight.any() and ce.ir.fc1.down.weight.grad.any()
-
-
-@pytest.mark.parametrize('training', [True, False])
-def test_dynamic_quantization(training):
-    ce = randomize(ChannelEquilibrium(32))
-    quantized = torch.ao.quantization.quantize_dynamic(copy.deepcopy(ce), {nn.Linear}, dtype=torch.qint8)
-    x = torch.randn(2, 32, 5, 6)
-    assert_agree(quantized.train(training)(x), ce.train(training)(x), 0.03)

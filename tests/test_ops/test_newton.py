@@ -20,17 +20,6 @@ def normalized(sigma: torch.Tensor) -> torch.Tensor:
     return (sigma / sigma.trace())[None]
 
 
-def test_two_by_two_by_hand():
-    """Sigma = diag(3, 1): Sigma_N = diag(3/4, 1/4), P_1 = 1.5 - 0.5 Sigma_N, P_2 = 1.5 P_1 - 0.5 P_1^3 Sigma_N."""
-    sigma = torch.diag(torch.tensor([3.0, 1.0], dtype=torch.float64))
-    expected = torch.diag(torch.tensor([1.125, 1.375], dtype=torch.float64))
-    assert torch.allclose(inverse_sqrt_newton(normalized(sigma), 1)[0], expected)
-    expected = torch.diag(
-        torch.tensor([1.5 * 1.125 - 0.5 * 1.125**3 * 0.75, 1.5 * 1.375 - 0.5 * 1.375**3 * 0.25], dtype=torch.float64)
-    )
-    assert torch.allclose(inverse_sqrt_newton(normalized(sigma), 2)[0], expected)
-
-
 @pytest.mark.parametrize('num_iterations', [1, 2, 3, 5])
 def test_coupled_form_equals_the_papers(num_iterations):
     sigma = covariance(16, 1e3, torch.float64)

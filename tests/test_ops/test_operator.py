@@ -154,13 +154,6 @@ def test_a_16_bit_map_is_converted_for_its_covariance_alone(training, as_on_cuda
     assert maps.names == ['_to_copy'] * training
 
 
-def test_output_does_not_depend_on_the_order_of_the_batch():
-    _, ce = norm_and_ce()
-    x = torch.randn(4, 32, 5, 5, dtype=torch.float64)
-    order = torch.tensor([2, 0, 3, 1])
-    assert_agree(ce.train()(x[order]), ce(x)[order], 1e-12)
-
-
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
 def test_saves_nothing_of_its_inputs_size_but_the_input(memory_format):
     norm, ce = norm_and_ce(torch.float32)
@@ -228,16 +221,6 @@ def test_frozen_parameters_and_frozen_input(training):
     assert ce.ir.fc1.weight.grad is not None
 
 
-def test_parameter_hooks_run_once():
-    norm, ce = norm_and_ce()
-    x = torch.randn(2, 32, 4, 4, dtype=torch.float64)
-    plain = run(lambda x: ce.eval()(x, norm), x, norm, ce)
-    for parameter in (*norm.parameters(), *ce.parameters()):
-        parameter.register_hook(lambda grad: 2 * grad)
-    for a, b in zip(run(lambda x: ce(x, norm), x, norm, ce)[2:], plain[2:]):
-        assert_agree(a, 2 * b, 1e-12)
-
-
 @pytest.mark.parametrize('training', [True, False])
 def test_a_large_mean_costs_no_digits(training):
     """Sums of squares about zero would lose four of float32's seven digits here."""
@@ -247,17 +230,6 @@ def test_a_large_mean_costs_no_digits(training):
     expected, out = run(double, x.double(), double), run(ce, x, ce)
     for a, b in zip(out, expected):
         assert_agree(a, b, 1e-4)
-
-
-@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
-def test_traced_and_untraced_agree(memory_format):
-    """mmengine's complexity analysis traces, in grad mode."""
-    norm, ce = norm_and_ce(torch.float32)
-    x = torch.randn(2, 32, 4, 4).to(memory_format=memory_format)
-    traced = torch.jit.trace(ce.eval(), x)
-    assert_agree(traced(x), ce(x), 1e-6)
-    other = torch.randn(3, 32, 4, 4).to(memory_format=memory_format)
-    assert_agree(traced(other), ce(other), 1e-6, 'another batch size')
 
 
 def ill_conditioned(shape):
@@ -290,13 +262,13 @@ def channels_of_all_scales(shape):
     'make', [ill_conditioned, rank_deficient, equal_channels, dead_channels, channels_of_all_scales]
 )
 def test_adversarial_statistics(make, scale):
-    """In float32: finite forward and backward for T from 1 to 40, and float64's values, T = 20 included."""
+    """In float32: finite forward and backward for T up to 40, and float64's values up to T = 20."""
     x = (scale * make((3, 32, 6, 6))).float()
-    for num_iterations in range(1, 41):
+    for num_iterations in (1, 2, 3, 8, 9, 20, 40):
         ce = randomize(ChannelEquilibrium(32, num_iterations=num_iterations))
         results = run(ce, x, ce)
         assert all(torch.isfinite(result).all() for result in (*results, *ce.buffers())), num_iterations
-        if num_iterations in (1, 3, 8, 20):
+        if num_iterations <= 20:
             double = randomize(ChannelEquilibrium(32, num_iterations=num_iterations)).double()
             expected = run(double, x.double(), double)
             assert_agree(results[0], expected[0], 1e-5, f'out, T = {num_iterations}')

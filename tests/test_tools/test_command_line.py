@@ -8,11 +8,13 @@ import sys
 
 from command_line import exit_on_problems, read_config
 
+import hostile
 import pytest
 import torch
 from conftest import ROOT
-from mmengine.utils import digit_version
 from utils import call
+
+from mmdet_ce.compat import TORCH
 
 
 def python(code: str, **env: str) -> subprocess.CompletedProcess:
@@ -34,16 +36,6 @@ def test_openmp_of_a_tool_spins_briefly_unless_the_user_chose(given, spins):
     assert f"GOMP_SPINCOUNT = '{spins}'" in result.stderr
 
 
-class Runs:
-    """Makes a file when it is unpickled by a reader that runs code."""
-
-    def __init__(self, marker):
-        self.marker = str(marker)
-
-    def __reduce__(self):
-        return open, (self.marker, 'w')
-
-
 # an address that mmengine loads through torch.hub -> the file in torch's cache that it names
 CACHED = {
     'open-mmlab://detectron2/resnet50_caffe': 'resnet50_msra-5891d200.pth',
@@ -60,12 +52,12 @@ for address in {list(CACHED)}:
 """
 
 
-@pytest.mark.skipif(digit_version(torch.__version__) < digit_version('2.6'), reason='torch before 2.6 runs code')
+@pytest.mark.skipif(TORCH < (2, 6), reason='torch < 2.6 unpickles checkpoints')
 def test_code_in_weights_of_torchs_cache_does_not_run(tmp_path):
     cache = tmp_path / 'hub' / 'checkpoints'
     cache.mkdir(parents=True)
     for name in CACHED.values():
-        torch.save({'state_dict': {}, 'payload': Runs(tmp_path / name)}, cache / name)
+        torch.save({'state_dict': {}, 'payload': hostile.Calls(open, str(tmp_path / name), 'w')}, cache / name)
     result = python(f'import command_line\n{LOAD}', TORCH_HOME=str(tmp_path))
     assert result.stdout.split().count('UnpicklingError') == 2, result.stdout
     assert [path.name for path in tmp_path.iterdir()] == ['hub']

@@ -1,4 +1,4 @@
-"""How the demo tells what a training does, and how it fails; a whole one is run in test_train_and_test.py."""
+"""How the demo fails; a whole one is run in test_train_and_test.py."""
 
 from __future__ import annotations
 
@@ -6,24 +6,6 @@ import demo
 import pytest
 from conftest import ROOT
 from utils import call
-
-TRAIN_LINE = (
-    '2026/11/25 03:31:00 - mmengine - INFO - Epoch(train)  [{epoch}][{iteration:3}/100]  base_lr: 1.0e-03 lr: 1.0e-03  '
-    'eta: {eta}  time: 0.3998  data_time: 0.0100  grad_norm: 2.1  loss: {loss:.4f}  loss_rpn_cls: 0.6931  acc: 9.0\n'
-)
-
-
-def test_progress_is_a_line_now_and_then(capsys):
-    watch = demo.Progress()
-    watch('2026/11/25 03:30:00 - mmengine - INFO - Checkpoints will be saved to work_dirs/demo.\n')
-    for iteration in range(10, 101, 10):
-        watch(TRAIN_LINE.format(epoch=1, iteration=iteration, loss=2.5, eta='0:05:10'))
-    watch.printed -= 60
-    watch(TRAIN_LINE.format(epoch=2, iteration=50, loss=1.25, eta='1 day, 0:05:10'))
-    assert capsys.readouterr().out.splitlines() == [
-        'epoch and iteration [1][ 10/100], loss: 2.5000, eta: 0:05:10',
-        'epoch and iteration [2][ 50/100], loss: 1.2500, eta: 1 day, 0:05:10',
-    ]
 
 
 @pytest.mark.slow

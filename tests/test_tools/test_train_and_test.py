@@ -11,7 +11,6 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import calibrate
 import demo
 import framework_tool
 import pytest
@@ -33,7 +32,7 @@ def folder(tmp_path_factory):
     """A working directory with a tiny shapes data set where the demo's config looks for it."""
     folder = tmp_path_factory.mktemp('work')
     (folder / 'data').mkdir()
-    make_dataset(folder / 'data' / 'shapes', train=8, val=6)
+    make_dataset(folder / 'data' / 'shapes', train=8, val=4)
     return folder
 
 
@@ -50,7 +49,8 @@ def demonstrated(folder):
         f'{split}_dataloader = dict(num_workers=0, persistent_workers=False, batch_size=4)\n'
         for split in ('train', 'val', 'test')
     )
-    config.write_text(f"_base_ = '{DEMO}'\n{loaders}train_cfg = dict(max_epochs=1)\n")
+    logger = 'default_hooks = dict(logger=dict(interval=1))\n'
+    config.write_text(f"_base_ = '{DEMO}'\n{loaders}train_cfg = dict(max_epochs=1)\n{logger}")
     (folder / 'tools').symlink_to(ROOT / 'tools')
     with pytest.MonkeyPatch.context() as patch, open(folder / 'printed', 'w') as printed:
         patch.setattr(demo, 'TOOLS', folder / 'tools')
@@ -65,6 +65,7 @@ def test_demo_prints_its_result_and_keeps_the_rest_in_a_file(demonstrated):
     assert len([line for line in demonstrated.splitlines() if line.startswith('$ python tools/')]) == 2
     for name in ('with CE', 'plain'):
         assert re.search(rf'^  {name} +box mAP \d\.\d{{3}}  mask mAP \d\.\d{{3}}', demonstrated, re.M)
+    assert re.search(r'^epoch and iteration \[1\]\[1/2\], loss: \d+\.\d{4}, eta: ', demonstrated, re.M)
     assert 'run/detections.png' in demonstrated and 'run/output.txt' in demonstrated
     assert Path('run/detections.png').stat().st_size > 50_000
     assert len(Path('run/output.txt').read_text().splitlines()) > 100
@@ -91,31 +92,20 @@ def test_mmdets_own_tools_resume_and_test(demonstrated, folder):
     assert re.search(r'coco/bbox_mAP: \d\.\d+', text) and re.search(r'coco/segm_mAP: \d\.\d+', text)
 
 
-@one_worker
-def test_calibrate_changes_statistics_only(demonstrated, folder):
-    arguments = [DEMO, 'run/epoch_1.pth', 'calibrated.pth', '--num-batches', 2, '--cfg-options', *SMALL]
-    assert call(calibrate.main, *arguments) is None
-    before, after = (load(path, 'cpu') for path in ('run/epoch_1.pth', 'calibrated.pth'))
-    assert before.keys() == after.keys() and before['state_dict'].keys() == after['state_dict'].keys()
-    changed = {key for key, t in before['state_dict'].items() if not torch.equal(t, after['state_dict'][key])}
-    expected = {'bd.running_mean', 'bd.running_whitening', 'ir.running_scale'}
-    assert changed and all(any(key.endswith(name) for name in expected) for key in changed)
-
-
 @pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='reads the state of processes from /proc')
-def test_ctrl_c_says_the_epoch_and_what_continues(folder):
-    options = [*SMALL, 'train_cfg.val_interval=99']
+def test_ctrl_c_says_the_epoch_and_what_continues(folder, capfd):
+    options = [*SMALL, 'train_cfg.max_epochs=99', 'train_cfg.val_interval=99']
     arguments = [ROOT / 'tools' / 'train.py', DEMO, '--work-dir', 'stopped']
     process, log = start(*arguments, options=options, cwd=folder)
-    assert wait_until(lambda: 'Saving checkpoint at 2 epochs' in log.read_text(), 120), log.read_text()[-3000:]
+    assert wait_until(lambda: 'Saving checkpoint at 1 epochs' in log.read_text(), 120), log.read_text()[-3000:]
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
     last = log.read_text().splitlines()[-1]
-    assert re.match(r'stopped in epoch [2-6]\. To continue: python \S+train\.py', last)
+    stopped = re.match(r'stopped in epoch (\d+)\. To continue: python \S+train\.py', last)
     assert 'Traceback' not in log.read_text()
-    *command, resume = shlex.split(last.partition('To continue: python ')[2])
-    text = output(run(*command, 'train_cfg.max_epochs=6', resume, cwd=folder))
-    assert re.search('resumed epoch: [1-5]', text)
+    _, *command, resume = shlex.split(last.partition('To continue: python ')[2])
+    assert call(run_train, *command, f'train_cfg.max_epochs={stopped[1]}', resume) is None
+    assert f'resumed epoch: {int(stopped[1]) - 1}' in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -128,12 +118,6 @@ def test_ctrl_c_says_the_epoch_and_what_continues(folder):
 def test_missing_inputs_are_one_line(arguments, message):
     error = call(run_train, DEMO, *arguments)
     assert error.startswith(message) and '\n' not in error
-
-
-def test_bad_input_is_one_line_on_the_terminal(folder):
-    result = run(ROOT / 'tools' / 'train.py', 'none.py', cwd=folder)
-    assert result.returncode == 1
-    assert len(result.stderr.strip().splitlines()) == 1 and result.stderr.startswith('error: config none.py not found')
 
 
 # mmengine 0.10.7 selects a GPU in its launchers, with gloo too; on a machine without one there is none to select.
@@ -171,9 +155,9 @@ def test_two_processes_train_end_with_their_script_and_test(folder, tmp_path):
     training = [*options, 'train_cfg.max_epochs=99', 'train_cfg.val_interval=100', 'train_dataloader.batch_size=2']
     arguments = [ROOT / 'tools' / 'dist_train.sh', DEMO, 2, '--work-dir', 'two']
     process, log = start(*arguments, options=training, cwd=folder, **env)
-    assert wait_until(lambda: 'Saving checkpoint at 2 epochs' in log.read_text(), 180), log.read_text()[-3000:]
+    assert wait_until(lambda: 'Saving checkpoint at 1 epochs' in log.read_text(), 180), log.read_text()[-3000:]
     assert len(running(marker)) >= 3, 'launcher and two processes'
-    process.terminate()
+    process.kill()  # the launcher, which cannot end what it started
     assert wait_until(lambda: not running(marker), 60)
     assert process.wait() not in (0, None)
     script = ROOT / 'tools' / 'dist_test.sh'
@@ -190,8 +174,8 @@ def test_real_coco_images(detector, coco_tiny, tmp_path, monkeypatch, capfd):
     resize = {'train': 2, 'val': 1, 'test': 1}
     # After two steps no score is over the default threshold, and mmdet prints no AP for an empty result.
     threshold = {'mask-rcnn': 'model.test_cfg.rcnn.score_thr=0', 'retinanet': 'model.test_cfg.score_thr=0'}[detector]
-    options = [*SMALL, 'model.backbone.init_cfg=None', 'train_dataloader.dataset.indices=4', threshold]
-    options += ['train_cfg.val_interval=10']  # the test evaluates
+    options = [*SMALL, 'model.backbone.init_cfg=None', 'train_dataloader.dataset.indices=2', threshold]
+    options += ['train_cfg.val_interval=10', 'test_dataloader.dataset.indices=4']  # the test evaluates
     if detector == 'mask-rcnn':  # thousands of proposals take a CPU long and test nothing more
         options += ['model.test_cfg.rcnn.max_per_img=10', 'model.test_cfg.rpn.max_per_img=50']
         options += ['model.train_cfg.rpn_proposal.max_per_img=50']
@@ -206,7 +190,7 @@ def test_real_coco_images(detector, coco_tiny, tmp_path, monkeypatch, capfd):
     arguments = [config, '--work-dir', 'run', '--cfg-options', *options]
     assert call(run_train, *arguments, 'train_cfg.max_epochs=1') is None
     assert call(run_train, *arguments, 'train_cfg.max_epochs=2', '--resume') is None
-    assert 'resumed epoch: 1, iter: 2' in capfd.readouterr().out
+    assert 'resumed epoch: 1, iter: 1' in capfd.readouterr().out
     if detector == 'mask-rcnn':  # mmdet's own tool
         text = output(run(MMDET_TOOLS / 'test.py', config, 'run/epoch_2.pth', options=options, cwd=tmp_path))
     else:

@@ -84,7 +84,7 @@ def draw(models: Models, threshold: float, path: Path) -> None:
         'inhibited': f"Channels under {threshold:.0%} of their layer's mean contribution",
         'entropy': 'Entropy of the contributions (1: all channels are equal)',
         'off_diagonal_after': 'Off-diagonal share of the energy of the covariance',
-        'lambda': 'Lambda, the share of decorrelation; bars: gate, median and 5 to 95%; crosses: alpha',
+        'lambda': 'Lambda, the share of decorrelation; crosses: alpha, the share of CE',
     }
     count = 4 if any(layers[name].ce for layers in models.values() for name in names) else 2
     figure = Figure(figsize=(6 + 0.2 * len(names), 1 + 2.75 * count), layout='constrained')
@@ -100,10 +100,6 @@ def draw(models: Models, threshold: float, path: Path) -> None:
             if before in column:
                 hollow = dict(style, linestyle='', markerfacecolor='none', label=f'{model}, before CE')
                 axis.plot(names, column[before], **hollow)
-        if 'lambda' in column:
-            middle, x = column['gate_50'], np.arange(len(names)) + 0.15 * (index + 1)
-            bars = [middle - column['gate_5'], column['gate_95'] - middle]
-            axes[3].errorbar(x, middle, bars, fmt='_', color=style['color'], alpha=0.6)
         if 'alpha' in column:
             axes[3].plot(names, column['alpha'], 'x', color=style['color'])
     for axis, title in zip(axes, panels.values()):
@@ -123,14 +119,12 @@ def main() -> None:
         help='a model to measure; once for each',
     )  # fmt: skip
     parser.add_argument('--num-images', type=int, default=100, help='(default: %(default)s)')
-    text = "a channel is inhibited under this share of its layer's mean contribution (default: %(default)s)"
+    text = "the share of a layer's mean contribution under which a channel is inhibited"
     parser.add_argument('--threshold', type=float, default=INHIBITED_BELOW, help=text)
     parser.add_argument('--out-dir', type=Path, default=Path('work_dirs/channels'), help='(default: %(default)s)')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='of every config')
     args = parser.parse_args()
-    if len({name for name, *_ in args.model}) < len(args.model):
-        parser.error('each --model needs a name of its own')
     models = {}
     for name, config, checkpoint in args.model:
         cfg = read_config(config, args.cfg_options)

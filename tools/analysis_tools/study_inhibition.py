@@ -3,7 +3,7 @@
     python tools/analysis_tools/study_inhibition.py TRAIN_FOLDER TEST_FOLDER --out-dir work_dirs/inhibition
 
 Trains each network with each weight decay and seed, on one thread. A training that is finished in the output folder is
-not run again, so an interrupted study continues. Prints a table and draws inhibition.png.
+not run again, so an interrupted study continues. Prints a table.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import mmcv
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from mmengine.utils import scandir
 from torch import Tensor, nn
 
@@ -33,11 +32,9 @@ BRANCH_THETA = {'bd': 30.0, 'ir': -30.0}  # lambda is then 1, or 1e-13
 CHANNELS, STRIDES = (32, 64, 128, 128), (2, 2, 1, 1)
 SIZE, PADDING = 16, 2  # height and width of the images, and what a random crop shifts them, in pixels
 BATCH_SIZE = 64
-# told apart with any kind of colour vision (Okabe and Ito)
-COLOURS = ['#000000', '#e69f00', '#56b4e9', '#009e73', '#0072b2', '#d55e00', '#cc79a7', '#999999']
 
 Images = Tuple[Tensor, Tensor]  # (N, 3, SIZE, SIZE), normalized; the classes, (N,)
-History = List[Dict[str, Any]]  # measures by epoch; the last is None if the training diverged
+Measures = Optional[Dict[str, Any]]  # None if the training diverged
 
 
 def build_network(name: str, num_classes: int) -> nn.Sequential:
@@ -95,15 +92,14 @@ def measure(network: nn.Sequential, images: Images) -> dict[str, Any]:
     return dict(accuracy=hits.double().mean().item(), inhibited=inhibited, inhibited_by_layer=shares)
 
 
-def train(network: nn.Sequential, args: argparse.Namespace, decay: float, seed: int, data: list[Images]) -> History:
-    """Train on the first images, measure on the second about 16 times; end where loss or weights are not finite."""
+def train(network: nn.Sequential, args: argparse.Namespace, decay: float, seed: int, data: list[Images]) -> Measures:
+    """Train on the first images, measure on the second; end where loss or weights are not finite."""
     generator = torch.Generator().manual_seed(seed)
     parameters = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, args.learning_rate, momentum=0.9, nesterov=True, weight_decay=decay)
     num_steps = args.epochs * (len(data[0][1]) // BATCH_SIZE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
-    history = []
-    for epoch in range(1, args.epochs + 1):
+    for _ in range(args.epochs):
         network.train()
         for pixels, labels in augmented_batches(data[0], generator):
             optimizer.zero_grad()
@@ -112,16 +108,14 @@ def train(network: nn.Sequential, args: argparse.Namespace, decay: float, seed: 
             optimizer.step()
             schedule.step()
             if not loss.isfinite():
-                return [*history, None]
+                return None
         if not all(p.isfinite().all() for p in parameters):
-            return [*history, None]
-        if epoch % max(1, args.epochs // 16) == 0 or epoch == args.epochs:
-            history.append(dict(epoch=epoch, **measure(network, data[1])))
-    return history
+            return None
+    return measure(network, data[1])
 
 
-def run(args: argparse.Namespace) -> dict[tuple[str, float], list[History]]:
-    """Return the histories of all seeds by network and weight decay: read from the folder, or trained and written."""
+def run(args: argparse.Namespace) -> dict[tuple[str, float], list[Measures]]:
+    """Return the measures of all seeds by network and weight decay: read from the folder, or trained and written."""
     classes = sorted(path.name for path in args.train.iterdir() if path.is_dir())
     data = [read_images(folder, classes) for folder in (args.train, args.test)]
     settings = dict(train=str(args.train), test=str(args.test), epochs=args.epochs, learning_rate=args.learning_rate)
@@ -133,18 +127,18 @@ def run(args: argparse.Namespace) -> dict[tuple[str, float], list[History]]:
         if not path.exists():
             torch.manual_seed(seed)
             network = build_network(name, len(classes))
-            history = train(network, args, decay, seed, data)
-            path.with_suffix('.part').write_text(json.dumps(dict(settings=settings, history=history)))
+            measures = train(network, args, decay, seed, data)
+            path.with_suffix('.part').write_text(json.dumps(dict(settings=settings, measures=measures)))
             path.with_suffix('.part').replace(path)
-            print(f'{path.stem}: {history[-1] or "diverged"}', flush=True)
+            print(f'{path.stem}: {measures or "diverged"}', flush=True)
         result = json.loads(path.read_text())
         if result['settings'] != settings:
             sys.exit(f'error: {path} was trained with {result["settings"]}, not {settings}; name another --out-dir')
-        results.setdefault((name, decay), []).append(result['history'])
+        results.setdefault((name, decay), []).append(result['measures'])
     return results
 
 
-def table(results: dict[tuple[str, float], list[History]]) -> str:
+def table(results: dict[tuple[str, float], list[Measures]]) -> str:
     """Return a table in Markdown: mean and standard deviation over the seeds, in percent."""
     columns = [(key, decay) for key in ('inhibited', 'accuracy') for decay in dict.fromkeys(d for _, d in results)]
     lines = [f'| network | {" | ".join(f"{key}, weight decay {decay:g}" for key, decay in columns)} |']
@@ -152,31 +146,12 @@ def table(results: dict[tuple[str, float], list[History]]) -> str:
     for name in dict.fromkeys(name for name, _ in results):
         cells = [name]
         for key, decay in columns:
-            last = [history[-1] for history in results[name, decay]]
-            values = [100 * measures[key] for measures in last if measures]
+            seeds = results[name, decay]
+            values = [100 * measures[key] for measures in seeds if measures]
             spread = f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else ''
-            cells.append('diverged' if None in last else f'{statistics.mean(values):.1f}{spread}%')
+            cells.append('diverged' if None in seeds else f'{statistics.mean(values):.1f}{spread}%')
         lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines)
-
-
-def draw(results: dict[tuple[str, float], list[History]], path: Path) -> None:
-    """Draw both measures by epoch at the largest weight decay: means of the seeds, in bands from lowest to highest."""
-    largest = max(decay for _, decay in results)
-    runs = {n: h for (n, decay), h in results.items() if decay == largest and all(history[-1] for history in h)}
-    figure = Figure(figsize=(12, 4.25), layout='constrained')
-    axes = figure.subplots(1, 2)
-    for axis, key, title in zip(axes, ('inhibited', 'accuracy'), ('Inhibited channels', 'Accuracy')):
-        for (name, histories), colour in zip(runs.items(), COLOURS):
-            epochs = [measures['epoch'] for measures in histories[0]]
-            values = 100 * np.array([[measures[key] for measures in history] for history in histories])
-            axis.plot(epochs, values.mean(0), color=colour, label=name)
-            axis.fill_between(epochs, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
-        axis.set(title=f'{title}, weight decay {largest:g}', xlabel='epoch', ylabel='%')
-        axis.grid(alpha=0.3)
-        axis.spines[['top', 'right']].set_visible(False)
-    axes[1].legend(fontsize=8)
-    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -193,9 +168,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # gammas that decay below 1e-38 make a CPU slow
-    results = run(args)
-    print(table(results))
-    draw(results, args.out_dir / 'inhibition.png')
+    print(table(run(args)))
 
 
 if __name__ == '__main__':

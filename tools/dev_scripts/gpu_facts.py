@@ -13,11 +13,13 @@ import os
 import statistics
 import time
 from contextlib import nullcontext
+from itertools import product
 from typing import Callable
 
 import torch
 from mmdet.models import ResNet
 from torch import nn
+from torch.utils.benchmark import Timer
 
 from mmdet_ce import CEResNet, ChannelEquilibrium
 from mmdet_ce.ops.dispatch import VARIABLE
@@ -104,19 +106,12 @@ def speed(case: str, size: list[int], rounds: int) -> dict:
     return dict(case=case, ms=total, host_ms=host, peak_mib=peak, first_step_s=first)
 
 
-def microseconds(function: Callable[[], object], runs: int = 20) -> float | str:
+def microseconds(function: Callable[[], object]) -> float | str:
     """Return the time of an operation, or the error where torch does not have it."""
     try:
-        for _ in range(3):
-            function()
-        synchronize()
-        start = time.perf_counter()
-        for _ in range(runs):
-            function()
-        synchronize()
+        return round(1e6 * Timer('run()', globals=dict(run=function)).timeit(20).median, 1)
     except Exception as error:
         return f'{type(error).__name__}: {str(error)[:60]}'
-    return round(1e6 * (time.perf_counter() - start) / runs, 1)
 
 
 def operations(dtype: torch.dtype, channels: int, d: int, height: int, width: int) -> dict:
@@ -171,13 +166,10 @@ def main() -> None:
         if CUDA:
             torch.cuda.empty_cache()
     for shape in shapes:
-        if args.what == 'operations':
-            for dtype in (torch.bfloat16, torch.float32):
-                attempt('operations', operations, dtype, *shape)
-        if args.what == 'profile':
-            for form in FORMS[1:]:
-                for training in (False, True):
-                    attempt('profile', profile, form, training, *shape)
+        for dtype in (torch.bfloat16, torch.float32) if args.what == 'operations' else ():
+            attempt('operations', operations, dtype, *shape)
+        for form, training in product(FORMS[1:], (False, True)) if args.what == 'profile' else ():
+            attempt('profile', profile, form, training, *shape)
 
 
 if __name__ == '__main__':

@@ -79,8 +79,8 @@ def report(facts: list[dict]) -> str:
     lines = ['# mmdet_ce on a GPU', '']
     for fact in facts:
         if fact['fact'] == 'step':
-            ended = 'passed' if fact['exit_status'] == 0 else f'ended with {fact["exit_status"]}'
-            lines += [f'## {fact["step"]}: {ended}, {fact["seconds"]} s', '', '```', *fact['said'], '```', '']
+            head = f'## {fact["step"]}: ended with {fact["exit_status"]} after {fact["seconds"]} s'
+            lines += [head, '', '```', *fact['said'], '```', '']
     lines += ['## A step of the backbone', '', '| case | plain ms | torch | Triton | host ms | MiB | first s |']
     lines += ['| --- ' * 7 + '|']
     for fact in facts:
@@ -118,10 +118,9 @@ def main() -> None:
     out_dir = args.out_dir.resolve()
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / 'facts.jsonl').write_text('')
-    paths = [str(ROOT), os.environ.get('PYTHONPATH', '')]
     if args.wheels is not None:
         install(args.wheels, out_dir / 'site')
-        paths.insert(1, str(out_dir / 'site'))
+    paths = (str(ROOT), str(out_dir / 'site'), os.environ.get('PYTHONPATH', ''))
     environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, paths))}
     failed = []
     for step in STEPS:

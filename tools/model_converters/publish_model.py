@@ -50,8 +50,7 @@ def main() -> None:
         named = publish(args.source, args.destination)
     except (OSError, ValueError) as error:
         sys.exit(f'error: {error}')
-    before, after = args.source.stat().st_size / 1e6, named.stat().st_size / 1e6
-    print(f'{named}: {after:.1f} MB, {before:.1f} before')
+    print(f'written: {named}')
 
 
 if __name__ == '__main__':
