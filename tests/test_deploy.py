@@ -18,10 +18,11 @@ ONE_STAGE = dict(num_stages=1, strides=(1,), dilations=(1,), out_indices=(0,), b
 
 @pytest.mark.slow
 @pytest.mark.skipif(digit_version(torch.__version__) < digit_version('2.6'), reason='the recipe needs torch 2.6')
-def test_the_recipe_of_the_page(tmp_path, monkeypatch):
-    """With a detector for images of four channels."""
+@pytest.mark.parametrize(('name', 'channels'), [('CEResNet', 4), ('CEResNetV1d', 1)])
+def test_the_recipe_of_the_page(name, channels, tmp_path, monkeypatch):
+    """With a detector for images of other channels than three."""
     cfg = Config.fromfile(CONFIG)
-    cfg.model.backbone.update(in_channels=4, init_cfg=None, **ONE_STAGE)
+    cfg.model.backbone.update(type=name, in_channels=channels, init_cfg=None, **ONE_STAGE)
     cfg.model.neck.update(in_channels=[16], start_level=0)
     model = MODELS.build(cfg.model)
     randomize(model.backbone)
@@ -31,4 +32,4 @@ def test_the_recipe_of_the_page(tmp_path, monkeypatch):
     recipe = re.search(r'```python\n(.*?)```', (ROOT / 'docs' / 'deploy.md').read_text(), re.S)[1]
     names = {}
     exec(recipe, names)
-    assert names['channels'] == 4 and 0 < names['error'] < 1e-4
+    assert names['channels'] == channels and 0 < names['error'] < 1e-4

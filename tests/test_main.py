@@ -40,9 +40,12 @@ def test_environment_and_errors():
 
 @pytest.mark.slow
 def test_installed_package_has_every_config(tmp_path):
-    """Installed from a copy of the repository into a folder of its own; every config is read from there."""
+    """Installed into a folder of its own; every config is read from there.
+
+    Python starts beside the clone, whose name is the package's and which hides an editable installation.
+    """
     command = [sys.executable, '-m', 'pip', 'install', '-q', '--no-deps', '--no-build-isolation', '--target']
-    source = tmp_path / 'source'  # a build leaves its folders where it runs
+    source = tmp_path / 'mmdet_ce'  # a build leaves its folders where it runs
     skip = shutil.ignore_patterns('.venv*', '.git', 'data', 'work_dirs', 'tests', '*.egg-info', '__pycache__')
     shutil.copytree(ROOT, source, ignore=skip)
     subprocess.run([*command, tmp_path / 'site', source], check=True)

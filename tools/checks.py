@@ -94,7 +94,7 @@ def _classes(part: dict) -> tuple[str, ...] | str | None:
     kind = DATASETS.get(str(part.get('type')))
     if getattr(kind, 'load_data_list', None) is not CocoDataset.load_data_list:
         return None
-    classes = (part.get('metainfo') or {}).get('classes', kind.METAINFO['classes'])
+    classes = (part.get('metainfo') or {}).get('classes', kind.METAINFO['classes']) or ()
     if isinstance(classes, str) and Path(classes).is_file():
         return tuple(Path(classes).read_text().splitlines())
     return classes if isinstance(classes, str) else tuple(classes)

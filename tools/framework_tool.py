@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib
+import os
 import runpy
 import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -20,6 +23,9 @@ from torch import distributed as dist
 
 def run(name: str) -> None:
     """Run the framework's ``tools/<name>`` ('train.py' or 'test.py') with this process's command line."""
+    if sys.platform == 'linux' and 'LOCAL_RANK' in os.environ:
+        # PR_SET_PDEATHSIG: torch's launcher, when it is killed, leaves its processes training
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
     config = next((word for word in sys.argv[1:] if word.endswith('.py') and '=' not in word), None)
     cfg = read_config(config) if config else Config()  # without: --help, or the framework says what is missing
     framework = 'mmpretrain' if cfg.get('default_scope') == 'mmpretrain' else 'mmdet'

@@ -125,9 +125,10 @@ def test_a_part_loads_where_strict_is_off(ce_cfg, recwarn):
         model.load_state_dict(parts[1])
 
 
-def test_a_model_on_meta_takes_the_tensors_as_they_are():
-    state = ce().state_dict()
+@pytest.mark.parametrize('make', [ce, CEMobileNetV2, lambda: nn.ModuleDict(dict(backbone=ce()))])
+def test_a_model_on_meta_takes_the_tensors_as_they_are(make):
+    state = make().state_dict()
     with torch.device('meta'):
-        model = ce()
+        model = make()
     model.load_state_dict(state, assign=True)
     assert all(t.data_ptr() == state[key].data_ptr() for key, t in model.state_dict().items())

@@ -148,6 +148,15 @@ def test_a_tuple_without_a_comma_is_named(cfg, write, tmp_path):
     assert find_problems(cfg, ['train']) == []
 
 
+@pytest.mark.parametrize('key', ['pipeline', 'metainfo', 'data_root', 'data_prefix', 'classes'])
+def test_a_key_that_is_there_and_none(key, cfg, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    dataset = cfg.train_dataloader.dataset
+    dataset.update(ann_file=str(tmp_path / dataset.ann_file), metainfo=dict(classes=COCO))
+    (dataset.metainfo if key == 'classes' else dataset)[key] = None
+    assert find_problems(cfg, ['train']) == []
+
+
 @pytest.mark.parametrize('text', ['', '[]', '{"images": [', '{"categories": 3}', '{"categories": [{"id": 1}]}'])
 def test_what_cannot_be_read_is_left_to_the_framework(text, cfg, tmp_path):
     (tmp_path / 'annotations' / 'instances_train2017.json').write_text(text)

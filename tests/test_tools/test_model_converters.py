@@ -44,6 +44,9 @@ def test_mismatches_are_listed_and_nothing_is_written(state, tmp_path):
     torch.save(bad, tmp_path / 'a.pth')
     with pytest.raises(RuntimeError, match=r'(?s)Missing .*"layer2.0.conv1.weight".*Unexpected .*"layer9.weight"'):
         official_to_mmdet_ce.convert(tmp_path / 'a.pth', tmp_path / 'out' / 'b.pth', 18)
+    torch.save({**state, 'module.\x1b[2K\nerror: all is well': torch.zeros(1)}, tmp_path / 'a.pth')
+    message = call(official_to_mmdet_ce.main, tmp_path / 'a.pth', tmp_path / 'b.pth', '--depth', 18)
+    assert message.isprintable() and '\\x1b[2K error: all is well' in message
     torch.save({'conv1.weight': torch.zeros(1)}, tmp_path / 'a.pth')
     assert call(official_to_mmdet_ce.main, tmp_path / 'a.pth', tmp_path / 'b.pth').startswith('error: no CE tensor')
     assert call(official_to_mmdet_ce.main, tmp_path / 'none.pth', tmp_path / 'b.pth').startswith('error: [Errno 2]')

@@ -1,12 +1,14 @@
-"""The Slurm scripts: what they ask srun for. (A job of Slurm itself needs a cluster.)"""
+"""The shell scripts: what those of Slurm ask srun for (a job of it needs a cluster); a signal reaches what they run."""
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 
 import pytest
 from conftest import ROOT
+from utils import is_running, wait_until
 
 
 def call(tool, *arguments, folder, **env):
@@ -46,3 +48,20 @@ def test_fewer_gpus_than_a_node_has(tmp_path):
 def test_usage(tool, tmp_path):
     result = call(tool, 'p', 'j', 'c.py', folder=tmp_path)
     assert result.returncode and ': usage: ' in result.stderr and not result.stdout
+
+
+@pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='reads the state of processes from /proc')
+@pytest.mark.parametrize('tool', ['dist_train.sh', 'dist_test.sh', 'slurm_train.sh', 'slurm_test.sh'])
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGKILL])
+def test_what_a_script_runs_ends_with_it(number, tool, tmp_path):
+    """A program in the place of python and srun: it is what gets the signal."""
+    for name in ('python', 'srun'):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho $$ > {tmp_path}/started\nexec sleep 600\n')
+        (tmp_path / name).chmod(0o755)
+    env = {**os.environ, 'PATH': f'{tmp_path}{os.pathsep}{os.environ["PATH"]}'}
+    process = subprocess.Popen([ROOT / 'tools' / tool, 'c.py', '2', '2', '2'], env=env)
+    started = tmp_path / 'started'
+    assert wait_until(lambda: started.is_file() and started.read_text().strip())
+    process.send_signal(number)
+    assert process.wait(20) == -number
+    assert not is_running(int(started.read_text()))

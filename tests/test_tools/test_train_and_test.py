@@ -164,7 +164,7 @@ def test_two_processes_train_end_with_their_script_and_test(folder, tmp_path):
     process, log = start(*arguments, options=training, cwd=folder, **env)
     assert wait_until(lambda: saved('two'), 180), log.read_text()[-3000:]
     assert len(running(marker)) >= 3, 'launcher and two processes'
-    process.terminate()
+    process.kill()  # the launcher, which cannot end what it started
     assert wait_until(lambda: not running(marker), 60)
     assert process.wait() not in (0, None)
     script = ROOT / 'tools' / 'dist_test.sh'

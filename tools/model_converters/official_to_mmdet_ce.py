@@ -10,6 +10,9 @@ import hashlib
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from command_line import exit_on_problems
+
 import torch
 
 from mmdet_ce import CEResNet, __version__
@@ -41,8 +44,8 @@ def main() -> None:
     args = parser.parse_args()
     try:
         count = convert(args.source, args.destination, args.depth)
-    except (OSError, ValueError) as error:
-        sys.exit(f'error: {error}')
+    except (OSError, ValueError, RuntimeError) as error:
+        exit_on_problems([' '.join(str(error).split())])  # torch's message has lines, and the names in the file
     print(f'{args.destination}: {count} tensors, 0 missing, 0 unexpected; the classifier was left out')
 
 
