@@ -36,7 +36,7 @@ def calibrate_checkpoint(cfg: Config, args: argparse.Namespace) -> int:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('config', help='the config of the training')
+    parser.add_argument('config')
     parser.add_argument('checkpoint', type=Path, help='the checkpoint to start from')
     parser.add_argument('out', type=Path, help='the checkpoint to write')
     parser.add_argument('--num-batches', type=int, default=200, help='batches averaged over (default: %(default)s)')

@@ -114,10 +114,7 @@ def draw(models: Models, threshold: float, path: Path) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        '--model', nargs=3, action='append', required=True, metavar=('NAME', 'CONFIG', 'CHECKPOINT'),
-        help='a model to measure; once for each',
-    )  # fmt: skip
+    parser.add_argument('--model', nargs=3, action='append', required=True, metavar=('NAME', 'CONFIG', 'CHECKPOINT'))
     parser.add_argument('--num-images', type=int, default=100, help='(default: %(default)s)')
     text = "the share of a layer's mean contribution under which a channel is inhibited"
     parser.add_argument('--threshold', type=float, default=INHIBITED_BELOW, help=text)

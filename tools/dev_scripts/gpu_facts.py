@@ -51,8 +51,7 @@ def attempt(fact: str, measure: Callable[..., dict], *arguments: object) -> None
 
 def synchronize() -> None:
     """Wait for the GPU."""
-    if CUDA:
-        torch.cuda.synchronize()
+    torch.cuda.synchronize() if CUDA else None
 
 
 def backbone(form: str, mode: str) -> nn.Module:

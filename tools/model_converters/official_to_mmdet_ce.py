@@ -36,10 +36,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('source', type=Path, help="the authors' file")
-    parser.add_argument(
-        'destination', type=Path, nargs='?', default=Path('checkpoints/ce-resnet50_imagenet.pth'),
-        help='where to write the converted file (default: %(default)s, which the configs name)',
-    )  # fmt: skip
+    parser.add_argument('destination', type=Path, nargs='?', default='checkpoints/ce-resnet50_imagenet.pth')
     parser.add_argument('--depth', type=int, default=50, help='depth of the network (default: %(default)s)')
     args = parser.parse_args()
     try:
