@@ -93,11 +93,12 @@ def test_onnx(program, family):
 
 
 @pytest.mark.slow
-def test_the_exporter_of_torch_script(family):
+@pytest.mark.parametrize('opset', [11, 17])
+def test_the_exporter_of_torch_script(opset, family):
     """As mmdeploy exports. It has neither unflatten (opset 11) nor diag_embed."""
     file, axes = io.BytesIO(), {'images': {0: 'batch', 2: 'height', 3: 'width'}}
     images = torch.zeros(2, 3, 64, 96)
-    torch.onnx.export(family, (images,), file, opset_version=11, **DYNAMO, input_names=['images'], dynamic_axes=axes)
+    torch.onnx.export(family, (images,), file, opset_version=opset, **DYNAMO, input_names=['images'], dynamic_axes=axes)
     for shape in SIZES:
         assert largest_difference(file.getvalue(), family, torch.randn(shape)) < 1e-4
 

@@ -73,6 +73,13 @@ def test_what_leaves_the_numbers_leaves_them(change, training, folded):
     assert all(p.grad is not None for p in other.parameters())
 
 
+def test_a_gate_with_quantized_linear_layers():
+    ce, x = randomize(ChannelEquilibrium(32)).eval(), torch.randn(2, 32, 5, 6)
+    quantized = torch.ao.quantization.quantize_dynamic(copy.deepcopy(ce), {nn.Linear}, dtype=torch.qint8)
+    assert type(quantized.ir.fc1) is not nn.Linear
+    assert_agree(quantized(x), ce(x), 0.02)
+
+
 def test_what_changes_the_numbers_changes_them():
     ce = randomize(ChannelEquilibrium(32)).eval()
     x = torch.randn(2, 32, 5, 6)

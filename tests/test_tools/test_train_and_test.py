@@ -22,7 +22,6 @@ from tool_runs import DEMO, MMDET_TOOLS, SMALL, output, run, start
 from utils import call, is_running, wait_until
 
 pytestmark = pytest.mark.slow
-one_worker = pytest.mark.xdist_group('trained')  # what a demo trained serves all of these
 load = CheckpointLoader.load_checkpoint
 run_train, run_test = (partial(framework_tool.run, f'{name}.py') for name in ('train', 'test'))
 
@@ -66,8 +65,8 @@ def demonstrated(folder):
     return (folder / 'printed').read_text()
 
 
-@one_worker
-def test_demo_prints_its_result_and_keeps_the_rest_in_a_file(demonstrated):
+def test_the_demo_and_what_continues_its_training(demonstrated, folder):
+    """One test, since the demo takes long: its output; training anew is a question; mmdet's tools resume and test."""
     assert len([line for line in demonstrated.splitlines() if line.startswith('$ python tools/')]) == 2
     for name in ('with CE', 'plain'):
         assert re.search(rf'^  {name} +box mAP \d\.\d{{3}}  mask mAP \d\.\d{{3}}', demonstrated, re.M)
@@ -76,17 +75,11 @@ def test_demo_prints_its_result_and_keeps_the_rest_in_a_file(demonstrated):
     assert Path('run/detections.png').stat().st_size > 50_000
     assert len(Path('run/output.txt').read_text().splitlines()) > 100
 
-
-@one_worker
-def test_training_anew_where_a_training_ended_is_a_question(demonstrated):
     before = Path('run/epoch_1.pth').read_bytes()
     message = call(run_train, 'small.py', '--work-dir', 'run')
     assert re.fullmatch(r'error: run/epoch_1\.pth [^\n]+ --resume, or another --work-dir\?', message)
     assert Path('run/epoch_1.pth').read_bytes() == before
 
-
-@one_worker
-def test_mmdets_own_tools_resume_and_test(demonstrated, folder):
     options = [*SMALL, 'train_cfg.max_epochs=2', 'train_dataloader.batch_size=4', 'train_cfg.val_interval=9']
     arguments = [DEMO, '--work-dir', 'run', '--resume']
     text = output(run(MMDET_TOOLS / 'train.py', *arguments, options=options, cwd=folder))
