@@ -20,6 +20,7 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
+from .. import compat
 from . import precision
 
 # S is kept in units of 2**20, since the plain sum of squares can overflow float32. A power of two costs no precision.
@@ -76,7 +77,11 @@ def reduce(x: GroupedMap, with_covariance: bool) -> tuple[Tensor, Tensor]:
     from magnitudes of 1e16 on.)
     """
     values, length = x.values, x.values.shape[2]
-    if values.element_size() == 2:
+    if values.element_size() == 2 and not with_covariance and _reads_once(values):
+        moments = torch.batch_norm_update_stats(values.reshape(1, -1, length), None, None, 0)
+        means, variance = (t.view(values.shape[:2]) for t in moments)
+        scatter = variance * (length / SCATTER_UNIT)
+    elif values.element_size() == 2:
         means = values.mean(2, dtype=torch.float32)
         if with_covariance:
             # the means will be subtracted: an older torch, which would round the sums, is given float32
@@ -178,6 +183,14 @@ def _sum_of_products(left: Tensor, right: Tensor) -> Tensor:
         return torch.bmm(left, right.mT, out_dtype=torch.float32)
     sums = torch.bmm(left, right.mT)
     return sums.float() if left.element_size() == 2 else sums
+
+
+def _reads_once(values: Tensor) -> bool:
+    """Return whether BatchNorm's own function gives means and variances, in float32, from one read of 16-bit values.
+
+    ``torch.var_mean`` would round both to 16 bits. On a CPU this rounds too; fake tensors lack it.
+    """
+    return values.is_cuda and values.is_contiguous() and type(values) is Tensor and not compat.is_compiling()
 
 
 @torch.compiler.assume_constant_result

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from utils import assert_agree, needs, randomize
 
 from mmdet_ce import ChannelEquilibrium
-from mmdet_ce.ops import channel_equilibrium, channel_equilibrium_reference, precision
+from mmdet_ce.ops import channel_equilibrium, channel_equilibrium_reference, maps, precision
 
 
 def norm_and_ce(dtype=torch.float64, affine=True, **kwargs):
@@ -88,6 +88,14 @@ def as_on_cuda(monkeypatch):
     monkeypatch.setattr(precision, 'stays_16_bit', lambda x: x.element_size() == 2)
 
 
+@pytest.fixture
+def moments_as_on_cuda(monkeypatch):
+    """Take the moments of 16-bit maps from BatchNorm's function, which on CUDA returns float32."""
+    on_cpu = torch.batch_norm_update_stats
+    monkeypatch.setattr(torch, 'batch_norm_update_stats', lambda x, *others: on_cpu(x.float(), *others))
+    monkeypatch.setattr(maps, '_reads_once', lambda values: values.is_contiguous())
+
+
 def with_means(shape, means: float) -> torch.Tensor:
     """Return a map whose channels have means of so many deviations."""
     sign = torch.where(torch.arange(shape[1]) % 2 == 0, 1.0, -1.0)
@@ -118,7 +126,7 @@ def test_low_precision_errs_by_its_own_rounding(dtype, training, means):
 )
 @pytest.mark.parametrize('training', [True, False])
 @pytest.mark.parametrize('means', [0, 3, 10, 30])
-def test_means_cost_a_16_bit_map_no_digits(dtype, allowed, training, means, as_on_cuda):
+def test_means_cost_a_16_bit_map_no_digits(dtype, allowed, training, means, as_on_cuda, moments_as_on_cuda):
     """The deviation of the error, over that of the output, behind a norm in evaluation: folded, c would cancel M z."""
     norm, ce = norm_and_ce(torch.float32)
     x = with_means((2, 32, 24, 24), means).to(dtype)
@@ -129,29 +137,33 @@ def test_means_cost_a_16_bit_map_no_digits(dtype, allowed, training, means, as_o
     assert out.dtype == dtype and (out - expected).std() <= allowed * expected.std()
 
 
-class Maps(TorchDispatchMode):
-    """Note the operations that make a tensor of the size of a map in float32."""
+class Traffic(TorchDispatchMode):
+    """Sum the bytes that operations read and write in tensors of the size of a map, in units of the map."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, x: torch.Tensor) -> None:
         super().__init__()
-        self.size = size
-        self.names: list[str] = []
+        self.size, self.unit, self.total = x.numel(), x.numel() * x.element_size(), 0.0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        is_map = isinstance(result, torch.Tensor) and result.numel() >= self.size and result.dtype == torch.float32
-        if is_map and func.__name__ != 'transpose.int':
-            self.names.append(func.__name__.split('.')[0])
+        is_view = any(a.alias_info and not a.alias_info.is_write for a in func._schema.arguments)
+        if not is_view and not func.__name__.startswith(('empty', 'new_empty', 'detach')):
+            results = result if isinstance(result, tuple) else (result,)
+            tensors = [t for t in (*args, *(kwargs or {}).values(), *results) if isinstance(t, torch.Tensor)]
+            storages = {t.data_ptr(): t for t in tensors if t.numel() >= self.size and 0 not in t.stride()}
+            self.total += sum(t.numel() * t.element_size() for t in storages.values()) / self.unit
         return result
 
 
-@pytest.mark.parametrize('training', [True, False])
-def test_a_16_bit_map_is_converted_for_its_covariance_alone(training, as_on_cuda):
+@pytest.mark.parametrize('training, most', [(False, 27), (True, 31)])
+def test_a_16_bit_map_is_read_and_written_this_often(training, most, as_on_cuda):
+    """Norm, CE, shortcut and ReLU, both passes. Converted to float32 for its covariance alone; not with torch 2.8."""
     norm, ce = norm_and_ce(torch.float32)
     x = torch.randn(2, 32, 24, 24).bfloat16().requires_grad_()
-    with Maps(x.numel()) as maps:
-        ce.train(training)(x, norm, x, relu=True).sum().backward()
-    assert maps.names == ['_to_copy'] * training
+    with Traffic(x) as traffic:
+        out = ce.train(training)(x, norm, x.detach().clone(), relu=True)
+        out.backward(x.detach().clone())
+    assert 20 < traffic.total <= most
 
 
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
