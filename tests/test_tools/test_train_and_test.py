@@ -14,15 +14,12 @@ from pathlib import Path
 import demo
 import framework_tool
 import pytest
-import torch
 from conftest import ROOT
 from make_shapes_dataset import make_dataset
-from mmengine.runner import CheckpointLoader
 from tool_runs import DEMO, MMDET_TOOLS, SMALL, output, run, start
 from utils import call, is_running, wait_until
 
 pytestmark = pytest.mark.slow
-load = CheckpointLoader.load_checkpoint
 run_train, run_test = (partial(framework_tool.run, f'{name}.py') for name in ('train', 'test'))
 
 
@@ -65,8 +62,8 @@ def demonstrated(folder):
     return (folder / 'printed').read_text()
 
 
-def test_the_demo_and_what_continues_its_training(demonstrated, folder):
-    """One test, since the demo takes long: its output; training anew is a question; mmdet's tools resume and test."""
+def test_the_demo_and_a_training_anew_in_its_folder(demonstrated):
+    """One test, since the demo takes long: what it prints and leaves; the second training is a question."""
     assert len([line for line in demonstrated.splitlines() if line.startswith('$ python tools/')]) == 2
     for name in ('with CE', 'plain'):
         assert re.search(rf'^  {name} +box mAP \d\.\d{{3}}  mask mAP \d\.\d{{3}}', demonstrated, re.M)
@@ -79,16 +76,6 @@ def test_the_demo_and_what_continues_its_training(demonstrated, folder):
     message = call(run_train, 'small.py', '--work-dir', 'run')
     assert re.fullmatch(r'error: run/epoch_1\.pth [^\n]+ --resume, or another --work-dir\?', message)
     assert Path('run/epoch_1.pth').read_bytes() == before
-
-    options = [*SMALL, 'train_cfg.max_epochs=2', 'train_dataloader.batch_size=4', 'train_cfg.val_interval=9']
-    arguments = [DEMO, '--work-dir', 'run', '--resume']
-    text = output(run(MMDET_TOOLS / 'train.py', *arguments, options=options, cwd=folder))
-    assert 'resumed epoch: 1, iter: 2' in text
-    first, second = (load(f'run/epoch_{n}.pth', 'cpu')['state_dict'] for n in (1, 2))
-    key = 'backbone.layer1.0.ce.bd.running_whitening'
-    assert not torch.equal(first[key], second[key])
-    text = output(run(MMDET_TOOLS / 'test.py', DEMO, 'run/epoch_2.pth', options=SMALL, cwd=folder))
-    assert re.search(r'coco/bbox_mAP: \d\.\d+', text) and re.search(r'coco/segm_mAP: \d\.\d+', text)
 
 
 @pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='reads the state of processes from /proc')
