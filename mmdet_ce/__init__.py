@@ -4,17 +4,21 @@ Importing the package registers them in ``mmdet.registry.MODELS``, and lets ``to
 as data.
 """
 
-from .environment import check_environment
+import sys
+
 from .version import __version__
 
-check_environment()
+if sys.argv[:1] != ['-m']:  # python -m mmdet_ce: Python is about to run __main__.py, which lists configs without torch
+    from .environment import check_environment
 
-from .backbones import CEMobileNetV2, CEResNet, CEResNetV1d, CEResNeXt  # noqa: E402
-from .checkpoints.safe_globals import admit_training_checkpoints  # noqa: E402
-from .hooks import CECalibrationHook, ChannelStatisticsHook  # noqa: E402
-from .layers import ChannelEquilibrium  # noqa: E402
+    check_environment()
 
-admit_training_checkpoints()
+    from .backbones import CEMobileNetV2, CEResNet, CEResNetV1d, CEResNeXt
+    from .checkpoints.safe_globals import admit_training_checkpoints
+    from .hooks import CECalibrationHook, ChannelStatisticsHook
+    from .layers import ChannelEquilibrium
+
+    admit_training_checkpoints()
 
 __all__ = [
     'CECalibrationHook',

@@ -1,4 +1,7 @@
-"""``python -m mmdet_ce``: list the configs, copy one out, print the environment for a bug report."""
+"""``python -m mmdet_ce``: list the configs, copy one out, print the environment for a bug report.
+
+Only the last needs torch and mmdet, whose import takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,6 @@ import shutil
 import sys
 from pathlib import Path
 
-from mmdet.utils import collect_env
-
-from .compat import missing_features
-from .environment import describe_versions
 from .version import __version__
 
 PACKAGE = Path(__file__).resolve().parent
@@ -59,6 +58,11 @@ def main() -> None:
     if args.command == 'configs':
         print(*config_names(), f'(in {CONFIGS})', sep='\n')
     elif args.command == 'env':
+        from mmdet.utils import collect_env
+
+        from .compat import missing_features
+        from .environment import describe_versions
+
         ours = dict(mmdet_ce=f'{__version__} at {PACKAGE}', versions=describe_versions())
         ours['missing with this torch'] = ', '.join(missing_features()) or 'nothing'
         for key, value in {**ours, **collect_env()}.items():

@@ -90,7 +90,6 @@ class CEBackbone(BaseModule):
         # Set before the backbone's constructor, which calls train() on the way.
         self.ce_eval = ce_eval
         self._statistics_checked = False
-        self._reported: set[str] = set()
         super().__init__(*args, **kwargs)
 
     def _check_names(self, kwargs: dict) -> None:
@@ -120,17 +119,12 @@ class CEBackbone(BaseModule):
         return ((name, m) for name, m in self.named_modules() if isinstance(m, ChannelEquilibrium))
 
     def check_statistics(self) -> None:
-        """Warn, once for each layer, if a CE is evaluated with statistics that no data ever updated."""
+        """Warn, once after each change of the mode, if a CE is evaluated with statistics that no data ever updated."""
         if self._statistics_checked or compat.is_compiling() or is_tracing():
             return
         self._statistics_checked = True
-        unset = [
-            name
-            for name, ce in self.named_ce()
-            if not ce.training and name not in self._reported and ce.lacks_statistics and not ce.is_identity
-        ]
+        unset = [name for name, ce in self.named_ce() if not ce.training and ce.lacks_statistics and not ce.is_identity]
         if unset:
-            self._reported.update(unset)
             message = (
                 f'{len(unset)} CE layers are in evaluation with statistics that no data ever updated: '
                 f'{", ".join(unset)}. Load a checkpoint trained with CE (init_cfg or load_from), or let CE see data: '
