@@ -5,9 +5,7 @@ train = dict(ann_file='annotations/train.json', data_prefix=dict(img='train/'))
 test = dict(ann_file='annotations/test.json', data_prefix=dict(img='test/'))
 num_classes = 3
 model = dict(
-    backbone=dict(
-        _delete_=True, type='CEResNet', depth=18, base_channels=32, frozen_stages=-1, norm_eval=False, init_cfg=None
-    ),
+    backbone=dict(_delete_=True, type='CEResNet', depth=18, base_channels=32, frozen_stages=-1, norm_eval=False),
     neck=dict(in_channels=[32, 64, 128, 256], out_channels=64),
     bbox_head=dict(num_classes=num_classes, in_channels=64, feat_channels=64, stacked_convs=2),
 )
