@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 from mmdet.registry import MODELS
 from mmengine.config import Config
@@ -17,7 +18,8 @@ PAGES = [
     *(ROOT / name for name in ('README.md', 'CONTRIBUTING.md', 'CHANGELOG.md', 'configs/ce/README.md')),
     *sorted((ROOT / 'docs').glob('*.md')),
 ]
-README, USAGE, MATHEMATICS = (ROOT / name for name in ('README.md', 'docs/usage.md', 'docs/channel_equilibrium.md'))
+README, USAGE, YOUR_DATA = (ROOT / name for name in ('README.md', 'docs/usage.md', 'docs/your_data.md'))
+MATHEMATICS = ROOT / 'docs/channel_equilibrium.md'
 ORACLE = ROOT / 'mmdet_ce/ops/reference.py'
 
 every_page = pytest.mark.parametrize('page', PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -107,3 +109,12 @@ def test_the_config_in_the_readme_works():
     (block,) = (block for block in blocks(README, 'python') if '_base_' in block)
     cfg = Config.fromstring(block, '.py')
     assert type(MODELS.build({**cfg.model.backbone, 'init_cfg': None})) is mmdet_ce.CEResNet
+
+
+def test_the_other_backbone_of_the_page_trains():
+    (block,) = (block for block in blocks(YOUR_DATA, 'python') if 'CECSPNeXt' in block)
+    exec(block, {})
+    backbone = MODELS.build(dict(type='CECSPNeXt', widen_factor=0.25, deepen_factor=0.167)).train()
+    sum(out.mean() for out in backbone(torch.randn(2, 3, 64, 64))).backward()
+    layers = [module for module in backbone.modules() if isinstance(module, mmdet_ce.ChannelEquilibrium)]
+    assert len(layers) == 4 and all(layer.theta.grad for layer in layers)
