@@ -114,7 +114,7 @@ def test_the_config_in_the_readme_works():
 def test_the_other_backbone_of_the_page_trains():
     (block,) = (block for block in blocks(YOUR_DATA, 'python') if 'CECSPNeXt' in block)
     exec(block, {})
-    backbone = MODELS.build(dict(type='CECSPNeXt', widen_factor=0.25, deepen_factor=0.167)).train()
+    backbone = MODELS.build(dict(type='CECSPNeXt', widen_factor=0.25, deepen_factor=0.167))
     sum(out.mean() for out in backbone(torch.randn(2, 3, 64, 64))).backward()
     layers = [module for module in backbone.modules() if isinstance(module, mmdet_ce.ChannelEquilibrium)]
     assert len(layers) == 4 and all(layer.theta.grad for layer in layers)
