@@ -9,7 +9,6 @@ model = dict(
     neck=dict(in_channels=[32, 64, 128, 256], out_channels=64),
     bbox_head=dict(num_classes=num_classes, in_channels=64, feat_channels=64, stacked_convs=2),
 )
-optim_wrapper = dict(paramwise_cfg=None)
 max_epochs = 8
 train_cfg = dict(max_epochs=max_epochs, val_interval=4)
 param_scheduler = _base_.param_scheduler
