@@ -1,7 +1,4 @@
-"""``python -m mmdet_ce``: list the configs, copy one out, print the environment for a bug report.
-
-Only the last needs torch and mmdet, whose import takes seconds.
-"""
+"""``python -m mmdet_ce``: list the configs, copy one out, print the environment for a bug report."""
 
 from __future__ import annotations
 
@@ -58,7 +55,7 @@ def main() -> None:
     if args.command == 'configs':
         print(*config_names(), f'(in {CONFIGS})', sep='\n')
     elif args.command == 'env':
-        from mmdet.utils import collect_env
+        from mmdet.utils import collect_env  # here: the other commands do without torch
 
         from .compat import missing_features
         from .environment import describe_versions

@@ -188,9 +188,10 @@ def _sum_of_products(left: Tensor, right: Tensor) -> Tensor:
 def _reads_once(values: Tensor) -> bool:
     """Return whether BatchNorm's own function gives means and variances, in float32, from one read of 16-bit values.
 
-    ``torch.var_mean`` would round both to 16 bits. On a CPU this rounds too; fake tensors lack it.
+    ``torch.var_mean`` would round both to 16 bits. On a CPU this rounds too; fake tensors and ONNX lack it.
     """
-    return values.is_cuda and values.is_contiguous() and type(values) is Tensor and not compat.is_compiling()
+    is_recorded = compat.is_compiling() or torch.jit.is_tracing()
+    return values.is_cuda and values.is_contiguous() and type(values) is Tensor and not is_recorded
 
 
 @torch.compiler.assume_constant_result
