@@ -12,10 +12,9 @@ from mmdet_ce import CEResNet
 from mmdet_ce.compat import FEATURES, TORCH
 
 COMPILE = dict(fullgraph=TORCH >= FEATURES['torch.compile without a graph break'], backend='aot_eager')
-MEMORY_FORMATS = pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
 
 
-@MEMORY_FORMATS
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
 def test_compiles_in_evaluation(memory_format):
     backbone = randomize(CEResNet(depth=18, base_channels=16)).eval().to(memory_format=memory_format)
     x = torch.randn(1, 3, 32, 32).to(memory_format=memory_format)

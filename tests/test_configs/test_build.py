@@ -20,6 +20,7 @@ from mmdet_ce.backbones.ce_backbone import CEBackbone
 
 CONFIGS = sorted(path for path in (ROOT / 'configs').glob('*/*.py') if path.parent.name != 'imagenet')
 NAME = re.compile(r'[a-z0-9-]+_(r\d+|x101-32x4d|mobilenet-v2)(-[a-z0-9]+)*_fpn_([a-z0-9-]+_)?(coco|shapes|custom|bccd)')
+SCHEDULE = re.compile(r'([12])x_coco$')
 NUM_LAYERS = {18: 7, 50: 14, 101: 31, None: 17}
 
 
@@ -32,6 +33,8 @@ def test_config_builds_anywhere(path, tmp_path, monkeypatch):
     assert checkpoint.type == 'CheckpointHook' and checkpoint.backend_args == dict(backend='atomic')
     assert checkpoint.get('max_keep_ckpts', -1) != 1, 'mmengine deletes the old one before it writes the new one'
     assert NAME.fullmatch(path.stem)
+    schedule = SCHEDULE.search(path.stem)
+    assert not schedule or cfg.train_cfg.max_epochs == 12 * int(schedule[1])
     model = MODELS.build(cfg.model)
     if '-ce' not in path.stem:  # the baseline
         assert type(model.backbone) is ResNet
@@ -77,5 +80,4 @@ def test_model_index_lists_every_coco_config():
     assert [model['Config'] for model in models] == configs
     for model in models:
         assert model['Name'] == Path(model['Config']).stem
-        schedule = re.search(r'([12])x_coco$', model['Name'])
-        assert model['Metadata']['Epochs'] == 12 * int(schedule[1])
+        assert model['Metadata']['Epochs'] == 12 * int(SCHEDULE.search(model['Name'])[1])

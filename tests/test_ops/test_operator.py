@@ -138,11 +138,15 @@ def test_means_cost_a_16_bit_map_no_digits(dtype, allowed, training, means, as_o
 
 
 class Traffic(TorchDispatchMode):
-    """Sum the bytes that operations read and write in tensors of the size of a map, in units of the map."""
+    """Sum the bytes that operations read and write in tensors of the size of a map, in units of the map.
+
+    Note the operations that make such a tensor in float32, too.
+    """
 
     def __init__(self, x: torch.Tensor) -> None:
         super().__init__()
         self.size, self.unit, self.total = x.numel(), x.numel() * x.element_size(), 0.0
+        self.in_float32: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -150,6 +154,9 @@ class Traffic(TorchDispatchMode):
         if not is_view and not func.__name__.startswith(('empty', 'new_empty', 'detach')):
             results = result if isinstance(result, tuple) else (result,)
             tensors = [t for t in (*args, *(kwargs or {}).values(), *results) if isinstance(t, torch.Tensor)]
+            is_map = isinstance(result, torch.Tensor) and result.numel() >= self.size
+            if is_map and result.dtype == torch.float32:
+                self.in_float32.append(func.__name__.split('.')[0])
             storages = {t.data_ptr(): t for t in tensors if t.numel() >= self.size and 0 not in t.stride()}
             self.total += sum(t.numel() * t.element_size() for t in storages.values()) / self.unit
         return result
@@ -164,6 +171,7 @@ def test_a_16_bit_map_is_read_and_written_this_often(training, most, as_on_cuda)
         out = ce.train(training)(x, norm, x.detach().clone(), relu=True)
         out.backward(x.detach().clone())
     assert 20 < traffic.total <= most
+    assert traffic.in_float32 == ['_to_copy'] * training
 
 
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])

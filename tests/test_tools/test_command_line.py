@@ -26,7 +26,7 @@ def python(code: str, **env: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize(
     ('given', 'spins'),
-    [({}, '1000'), (dict(OMP_WAIT_POLICY='PASSIVE'), '0')],
+    [({}, '1000'), (dict(GOMP_SPINCOUNT='77'), '77'), (dict(OMP_WAIT_POLICY='PASSIVE'), '0')],
 )
 def test_openmp_of_a_tool_spins_briefly_unless_the_user_chose(given, spins):
     """OpenMP itself prints what it read."""
@@ -65,8 +65,8 @@ def test_code_in_weights_of_torchs_cache_does_not_run(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {'hub', *CACHED.values()}, 'without the tools it runs'
 
 
-def test_the_users_choice_of_loading_is_kept():
-    variable = 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
+@pytest.mark.parametrize('variable', ['TORCH_FORCE_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'])
+def test_the_users_choice_of_loading_is_kept(variable):
     code = 'import os, command_line; print(*sorted(key for key in os.environ if "WEIGHTS_ONLY" in key))'
     assert python(f'{code}; print(os.environ[{variable!r}])', **{variable: '0'}).stdout.split() == [variable, '0']
 
