@@ -1,9 +1,10 @@
 # Blood cells, 292 images to train and 72 to test (docs/does_it_help.md), from weights or from scratch, on a CPU.
 _base_ = '../custom/retinanet_r50-ce-identity_fpn_custom.py'
-data = dict(data_root='data/bccd/', metainfo=dict(classes=('RBC', 'WBC', 'Platelets')))
+data_root = 'data/bccd/'
+metainfo = dict(classes=('RBC', 'WBC', 'Platelets'))
 train = dict(ann_file='annotations/train.json', data_prefix=dict(img='train/'))
-test = dict(ann_file='annotations/test.json', data_prefix=dict(img='test/'))
-num_classes = 3
+val = dict(ann_file='annotations/test.json', data_prefix=dict(img='test/'))
+num_classes = len(metainfo['classes'])
 model = dict(
     backbone=dict(_delete_=True, type='CEResNet', depth=18, base_channels=32, frozen_stages=-1, norm_eval=False),
     neck=dict(in_channels=[32, 64, 128, 256], out_channels=64),
@@ -15,8 +16,9 @@ param_scheduler = _base_.param_scheduler
 param_scheduler[1].end = param_scheduler[1].T_max = max_epochs
 train_pipeline, test_pipeline = _base_.train_pipeline, _base_.test_pipeline
 train_pipeline[2].scale = test_pipeline[1].scale = (320, 240)
-train_dataloader = dict(dataset=dict(pipeline=train_pipeline, **data, **train))
-val_dataloader = dict(dataset=dict(pipeline=test_pipeline, **data, **test))
+shared = dict(data_root=data_root, metainfo=metainfo)
+train_dataloader = dict(dataset=dict(pipeline=train_pipeline, **shared, **train))
+val_dataloader = dict(dataset=dict(pipeline=test_pipeline, **shared, **val))
 test_dataloader = val_dataloader
-val_evaluator = dict(ann_file=data['data_root'] + test['ann_file'])
+val_evaluator = dict(ann_file=data_root + val['ann_file'])
 test_evaluator = val_evaluator
