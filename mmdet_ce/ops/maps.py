@@ -190,7 +190,7 @@ def _reads_once(values: Tensor) -> bool:
 
     ``torch.var_mean`` would round both to 16 bits. On a CPU this rounds too; fake tensors and ONNX lack it.
     """
-    is_recorded = compat.is_compiling() or torch.jit.is_tracing()
+    is_recorded = precision.is_tracing() or compat.is_compiling()
     return values.is_cuda and values.is_contiguous() and type(values) is Tensor and not is_recorded
 
 
