@@ -40,8 +40,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any], num_batches: int, with_b
     kinds = (ChannelEquilibrium, _BatchNorm) if with_bn else (ChannelEquilibrium,)
     layers = [m for m in backbone.modules() if isinstance(m, kinds) and getattr(m, 'track_running_stats', True)]
     ce_layers = [m for m in layers if isinstance(m, ChannelEquilibrium)]
-    if not ce_layers:
-        raise ValueError(f'{type(backbone).__name__} has no ChannelEquilibrium layer to calibrate')
+    if not layers:
+        raise ValueError(f'{type(backbone).__name__} has no layer to calibrate')
     modes = {m: m.training for m in model.modules()}
     momenta = {m: m.momentum for m in layers}
     buffers = [buffer for m in layers for buffer in m.buffers()]

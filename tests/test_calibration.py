@@ -68,8 +68,14 @@ def test_repairs_broken_statistics(value):
         assert torch.equal(tensor, statistics(expected)[key]), key
 
 
+def test_calibrates_a_plain_network():
+    plain, batches = randomize(ResNet(depth=18, base_channels=16)).double(), images(2)
+    calibrate(plain, batches, 2, with_bn=True)
+    assert_agree(plain.bn1.running_mean, plain.conv1(torch.cat(batches)).mean((0, 2, 3)), 1e-12)
+
+
 def test_nothing_to_calibrate():
-    with pytest.raises(ValueError, match='ResNet has no ChannelEquilibrium layer to calibrate'):
+    with pytest.raises(ValueError, match='ResNet has no layer to calibrate'):
         calibrate(ResNet(depth=18), images(1), 1)
     with pytest.raises(ValueError, match='no batch to calibrate with'):
         calibrate(make(), [], 1)
