@@ -28,7 +28,8 @@ def find_problems(cfg: Config, splits: Sequence[str]) -> list[str]:
     problems = [problem for place, part in data.items() for problem in _data_problems(part, place)]
     if cfg.get('load_from') and _is_missing(cfg.load_from):
         problems.append(f'checkpoint {cfg.load_from} not found; expected a file that a training wrote')
-    classes = next((found for found in map(_classes, data.values()) if isinstance(found, tuple)), ())
+    found = () if problems else map(_classes, data.values())  # of wrong classes the number says nothing
+    classes = next((names for names in found if isinstance(names, tuple)), ())
     for place in filter(lambda place: place.startswith('model.'), parts):
         problems += _model_problems(parts[place], place, cfg, classes, 'train' in splits)
     return list(dict.fromkeys(problems))
@@ -74,8 +75,7 @@ def _data_problems(part: dict, place: str) -> Iterator[str]:
         return
     loader, prefix = next(iter(part.get('pipeline') or ()), {}), part.get('data_prefix') or ''
     images = os.path.join(root, prefix.get('img') or '' if isinstance(prefix, dict) else prefix)
-    is_local = str(loader.get('type')).endswith('LoadImageFromFile') and not loader.get('backend_args')
-    if is_local and _is_missing(images):
+    if str(loader.get('type')).endswith('LoadImageFromFile') and not loader.get('backend_args') and _is_missing(images):
         yield f'image folder {images} not found; set {place}.data_prefix and data_root'
     classes = _classes(part)
     names = _category_names(ann_file) if classes else None

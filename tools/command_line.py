@@ -7,7 +7,8 @@ import sys
 import warnings
 from pathlib import Path
 
-warnings.filterwarnings('ignore', message='pkg_resources is deprecated')  # mmengine's, at every start of a worker too
+# mmengine's, at every start of a worker too; and numpy's about denormal numbers, which are switched off below
+warnings.filterwarnings('ignore', message='pkg_resources is deprecated|The value of the smallest subnormal')
 os.environ.setdefault('PYTHONWARNINGS', 'ignore:pkg_resources is deprecated:UserWarning')
 # OpenMP's waiting threads spin: for long, a step is many times slower where other processes want the cores too
 if 'OMP_WAIT_POLICY' not in os.environ:
@@ -16,8 +17,7 @@ if 'OMP_WAIT_POLICY' not in os.environ:
 import torch  # noqa: E402
 from mmengine.config import Config  # noqa: E402
 
-# torch.hub, which mmengine loads open-mmlab:// and torchvision:// with, runs the code in a file unless this is set.
-# Before torch 2.6 the checkpoints of trainings would not load with it.
+# Without it torch.hub, which mmengine loads weights with, runs code in a file; torch < 2.6 reads no trainings with it
 if tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 6) and 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD' not in os.environ:
     os.environ.setdefault('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '1')
 torch.set_flush_denormal(True)  # a CPU is slow with denormal numbers, like those of a gamma that decayed

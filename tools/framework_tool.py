@@ -62,5 +62,5 @@ def train_problems(cfg: Config, args) -> list[str]:
     work_dir = Path(args.work_dir or cfg.get('work_dir') or f'work_dirs/{Path(args.config).stem}')
     last = work_dir / f'epoch_{(cfg.get("train_cfg") or {}).get("max_epochs")}.pth'
     if last.is_file() and not (args.resume or cfg.get('resume')):
-        problems.append(f'{last} is the end of a training. Did you mean --resume, or another --work-dir?')
+        problems.append(f'{last} is the end of a training: give another --work-dir, or --resume and more max_epochs')
     return problems

@@ -4,11 +4,13 @@ custom_imports = dict(imports=['mmdet_ce'], allow_failed_imports=False)
 
 # 1. Your data: a folder, a JSON file of annotations and a folder of images for each part, the names of the classes.
 data_root = 'data/custom/'
-metainfo = dict(classes=('first', 'second'))  # a comma after a single one: ('first',)
+metainfo = dict(classes=('first', 'second'))  # a single one: ('first',); palette=[(R, G, B), ...] sets colours
 train = dict(ann_file='annotations/train.json', data_prefix=dict(img='train/'))
 val = dict(ann_file='annotations/val.json', data_prefix=dict(img='val/'))
 
 # 2. The network. These are plain ImageNet weights, and CE learns its share; docs/your_data.md has the other ways.
+# Another depth needs the base's weights and channels changed: depth=18, its own init_cfg, and
+# neck=dict(in_channels=[64, 128, 256, 512]).
 num_classes = len(metainfo['classes'])
 model = dict(
     backbone=dict(type='CEResNet', frozen_stages=-1, ce_eval=False, ce_cfg=dict(identity_start=True)),

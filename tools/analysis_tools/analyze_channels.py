@@ -126,7 +126,6 @@ def main() -> None:
     for name, config, checkpoint in args.model:
         cfg = read_config(config, args.cfg_options)
         models[name] = measure(cfg, checkpoint, args.num_images, args.device)
-    print(table(models, args.threshold))
     args.out_dir.mkdir(parents=True, exist_ok=True)
     record = {
         model: {name: {**layer.measures(args.threshold), 'contribution': layer.contribution.tolist()}
@@ -135,6 +134,7 @@ def main() -> None:
     }  # fmt: skip
     (args.out_dir / 'channels.json').write_text(json.dumps(record))
     draw(models, args.threshold, args.out_dir / 'channels.png')
+    print(table(models, args.threshold), f'written: channels.json and channels.png in {args.out_dir}', sep='\n')
 
 
 if __name__ == '__main__':
