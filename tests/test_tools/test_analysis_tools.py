@@ -48,7 +48,8 @@ def test_plain_against_ce(folder, capsys, monkeypatch):
     for row in (*record['with'].values(), *record['without'].values()):
         contribution = np.array(row['contribution'])
         assert row['inhibited'] == (contribution <= 0.05 * contribution.mean()).mean()
-    header, _, *rows = capsys.readouterr().out.strip().splitlines()[-6:]
+    header, _, *rows, written = capsys.readouterr().out.strip().splitlines()[-7:]
+    assert written.endswith('channels.png in both')
     cells = [dict(zip(header.split(' | ')[2:], row.strip(' |').split(' | ')[2:])) for row in rows]
     inhibited = np.average([row['inhibited'] for row in ce], weights=[row['channels'] for row in ce])
     assert cells[1]['inhibited'] == f'{inhibited:.1%}'
