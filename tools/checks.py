@@ -26,9 +26,9 @@ def find_problems(cfg: Config, splits: Sequence[str]) -> list[str]:
     read = tuple(f'{split}_{what}' for split in splits for what in ('dataloader', 'evaluator'))
     data = {place: part for place, part in parts.items() if place.startswith(read) and part.get('ann_file')}
     problems = [problem for place, part in data.items() for problem in _data_problems(part, place)]
+    found = () if problems else map(_classes, data.values())  # of wrong classes the number says nothing
     if cfg.get('load_from') and _is_missing(cfg.load_from):
         problems.append(f'checkpoint {cfg.load_from} not found; expected a file that a training wrote')
-    found = () if problems else map(_classes, data.values())  # of wrong classes the number says nothing
     classes = next((names for names in found if isinstance(names, tuple)), ())
     for place in filter(lambda place: place.startswith('model.'), parts):
         problems += _model_problems(parts[place], place, cfg, classes, 'train' in splits)
