@@ -28,7 +28,7 @@ import mmdet_ce  # noqa: F401  (torch reads the training's checkpoint once it is
 
 CONFIG = Path('configs/demo/mask-rcnn_r18-ce_fpn_8e_shapes.py')
 DATA = Path('data/shapes')
-# The mean of seeds 0, 1, 2 of this command, 2026-11-25 (docs/benchmarks.md, Accuracy). With mmdet's default, in which
+# The mean of seeds 0, 1, 2 of this command, 2026-11-25 (docs/does_it_help.md). With mmdet's default, in which
 # the last gammas of the blocks start at 0, it is 0.430 and 0.455.
 PLAIN = dict(bbox=0.589, segm=0.599)
 PLAIN_CONFIG = 'configs/demo/mask-rcnn_r18_fpn_8e_shapes.py --cfg-options model.backbone.zero_init_residual=False'
@@ -82,7 +82,7 @@ def main() -> None:
     found = [f'{metrics[f"coco/{key}_mAP"]:.3f}' for key in PLAIN]
     print(f'\nMask R-CNN, ResNet-18 of half width, {epochs} epochs of {DATA}, from random weights:')
     print(f'  with CE  box mAP {found[0]}  mask mAP {found[1]}')
-    print(f'  plain    box mAP {PLAIN["bbox"]}  mask mAP {PLAIN["segm"]}  (mean of 3 seeds; docs/benchmarks.md)')
+    print(f'  plain    box mAP {PLAIN["bbox"]}  mask mAP {PLAIN["segm"]}  (mean of 3 seeds; docs/does_it_help.md)')
     print(f'           python tools/train.py {PLAIN_CONFIG}')
     print(f'  detections: {picture}\n  all that the commands printed: {log}')
     print(f'  {(time.monotonic() - start) / 60:.1f} min in all')

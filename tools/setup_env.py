@@ -133,7 +133,7 @@ def build_mmcv(env: Environment, folder: Path) -> Path:
         TORCH_DONT_CHECK_COMPILER_ABI='1',
     )
     arguments = ('-v', '--no-deps', '--no-build-isolation', '--no-binary', 'mmcv', '--no-cache-dir', '-w', str(scratch))
-    what = 'compiling mmcv with its operators, once a machine, 3 to 4 minutes on two cores'
+    what = 'compiling mmcv with its operators, once a machine, 2 to 4 minutes on two cores'
     pip(env, what, 'wheel', *arguments, env.pinned('mmcv'), **variables)
     (built,) = scratch.glob('mmcv-*.whl')
     wheel = folder / built.name
