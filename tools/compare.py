@@ -93,7 +93,7 @@ def run(args: argparse.Namespace, training: Training) -> None:
     metrics = json.loads(sorted(folder.glob('test/*/*.json'))[-1].read_text())
     times = [record['time'] for record in training.records() if 'loss' in record]
     result = dict(
-        metrics={key: value for key, value in metrics.items() if key.endswith('mAP')},
+        metrics={key: value for key, value in metrics.items() if key.endswith(('mAP', 'mAP_50'))},
         seconds_per_iteration=statistics.median(times[len(times) // 4 :]),  # the first quarter warms up
         environment=environment(log),
     )
