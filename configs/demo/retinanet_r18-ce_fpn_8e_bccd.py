@@ -1,5 +1,5 @@
 # Blood cells, 292 images to train and 72 to test (docs/does_it_help.md), from weights or from scratch, on a CPU.
-_base_ = '../custom/retinanet_r50-ce-identity_fpn_custom.py'
+_base_ = '../custom/retinanet_r50-ce_fpn_custom.py'
 data_root = 'data/bccd/'
 metainfo = dict(classes=('RBC', 'WBC', 'Platelets'))
 train = dict(ann_file='annotations/train.json', data_prefix=dict(img='train/'))
