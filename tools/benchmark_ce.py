@@ -1,7 +1,6 @@
 """Time Channel Equilibrium on the CPU: the block against the released form, the backbone against mmdet's ResNet.
 
-All candidates of a comparison run in one process, one after the other in every round, so that what else the machine
-does touches them alike. Prints a Markdown table for each, over its first row. For GPUs: tools/dev_scripts/gpu_run.py.
+All candidates run in one process, in turn, so that what else the machine does touches them alike. On GPUs: gpu_run.py.
 """
 
 from __future__ import annotations

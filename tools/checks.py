@@ -13,6 +13,7 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any, Sequence
 
+import torch
 from mmdet.datasets import CocoDataset
 from mmdet.registry import DATASETS, MODELS
 from mmengine.config import Config
@@ -55,12 +56,18 @@ def _model_problems(part: dict, place: str, cfg: Config, classes: tuple[str, ...
     elif name[:2].upper() == 'CE' and not MODELS.get(name):
         for near in get_close_matches(name.lower(), known, 1):
             yield f'type={name!r} is not registered; the nearest name is {known[near]}'
+    elif name in CE_TYPES and place == 'model.backbone':
+        try:
+            MODELS.build(part)
+        except (TypeError, ValueError) as error:
+            yield f'{place}: {error}'
     is_head = re.search(r'(bbox|mask)_head(\.\d+)?$', place) and 'language_model' not in cfg.model
     if is_head and classes and part.get('num_classes', len(classes)) != len(classes):
         yield f'{place}.num_classes is {part["num_classes"]}; the data has {len(classes)} classes, {short(classes)}'
     path = str(part.get('checkpoint') or '') if trains else ''  # a test does not read it
     if path.startswith('torchvision://') and not find_spec('torchvision'):
-        yield f'{path} needs torchvision, in the version for your torch: pip install torchvision'
+        # 0.16 is that of torch 2.1; without a version pip takes the newest, and another torch
+        yield f'{path} needs torchvision: pip install torchvision==0.{int(torch.__version__.split(".")[1]) + 15}.*'
     elif path and _is_missing(path):
         yield f'pretrained weights {path} not found; docs/weights.md says where some are, {place}=None trains without'
 
@@ -77,6 +84,10 @@ def _data_problems(part: dict, place: str) -> Iterator[str]:
     images = os.path.join(root, prefix.get('img') or '' if isinstance(prefix, dict) else prefix)
     if str(loader.get('type')).endswith('LoadImageFromFile') and not loader.get('backend_args') and _is_missing(images):
         yield f'image folder {images} not found; set {place}.data_prefix and data_root'
+    wants_masks = '://' not in ann_file and any(step.get('with_mask') for step in part.get('pipeline') or ())
+    content = Path(ann_file).read_bytes() if wants_masks else b''
+    if b'"bbox"' in content and b'"segmentation"' not in content:
+        yield f'{ann_file} has no masks, which {place} loads; take a detector of boxes, or with_mask=False'
     classes = _classes(part)
     names = _category_names(ann_file) if classes else None
     if isinstance(classes, str):

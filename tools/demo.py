@@ -28,8 +28,7 @@ import mmdet_ce  # noqa: F401  (torch reads the training's checkpoint once it is
 
 CONFIG = Path('configs/demo/mask-rcnn_r18-ce_fpn_8e_shapes.py')
 DATA = Path('data/shapes')
-# The mean of seeds 0, 1, 2 of this command, 2026-11-25 (docs/does_it_help.md). With mmdet's default, in which
-# the last gammas of the blocks start at 0, it is 0.430 and 0.455.
+# The mean of seeds 0, 1, 2 of this command, 2026-11-25 (docs/does_it_help.md)
 PLAIN = dict(bbox=0.589, segm=0.599)
 PLAIN_CONFIG = 'configs/demo/mask-rcnn_r18_fpn_8e_shapes.py --cfg-options model.backbone.zero_init_residual=False'
 PROGRESS = re.compile(r'Epoch\(train\) +(\[\d+\]\[ *\d+/\d+\]).* (eta: \S+( days?, \S+)?) .* (loss: \S+)\s')
@@ -52,7 +51,7 @@ def main() -> None:
     work_dir = parser.parse_args().work_dir
     os.chdir(TOOLS.parent)
     start, shown, log, picture = time.monotonic(), 0.0, work_dir / 'output.txt', work_dir / 'detections.png'
-    for old in (log, *work_dir.glob('epoch_*.pth')):  # of the demo before
+    for old in (log, work_dir / 'last_checkpoint', *work_dir.glob('epoch_*.pth')):  # of the demo before
         old.unlink(missing_ok=True)
 
     def show_progress(line: str) -> None:

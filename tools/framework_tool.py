@@ -60,7 +60,6 @@ def train_problems(cfg: Config, args) -> list[str]:
     validates = cfg.get('val_dataloader') and not getattr(args, 'no_validate', False)  # an argument of mmpretrain's
     problems = find_problems(cfg, ['train', 'val'] if validates else ['train'])
     work_dir = Path(args.work_dir or cfg.get('work_dir') or f'work_dirs/{Path(args.config).stem}')
-    last = work_dir / f'epoch_{(cfg.get("train_cfg") or {}).get("max_epochs")}.pth'
-    if last.is_file() and not (args.resume or cfg.get('resume')):
-        problems.append(f'{last} is the end of a training: give another --work-dir, or --resume and more max_epochs')
+    if (work_dir / 'last_checkpoint').is_file() and not (args.resume or cfg.get('resume')):
+        problems.append(f'{work_dir} holds a training: give another --work-dir, or continue it with --resume')
     return problems

@@ -112,8 +112,7 @@ def mmcv_wheel(env: Environment) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / 'lock', 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another set-up may be building it
-        wheels = sorted(folder.glob('mmcv-*.whl'))
-        return wheels[0] if wheels else build_mmcv(env, folder)
+        return next(folder.glob('mmcv-*.whl'), None) or build_mmcv(env, folder)
 
 
 def build_mmcv(env: Environment, folder: Path) -> Path:
@@ -133,11 +132,9 @@ def build_mmcv(env: Environment, folder: Path) -> Path:
         TORCH_DONT_CHECK_COMPILER_ABI='1',
     )
     arguments = ('-v', '--no-deps', '--no-build-isolation', '--no-binary', 'mmcv', '--no-cache-dir', '-w', str(scratch))
-    what = 'compiling mmcv with its operators, once a machine, 2 to 4 minutes on two cores'
-    pip(env, what, 'wheel', *arguments, env.pinned('mmcv'), **variables)
+    pip(env, 'compiling mmcv with its operators, 2 to 4 minutes', 'wheel', *arguments, env.pinned('mmcv'), **variables)
     (built,) = scratch.glob('mmcv-*.whl')
-    wheel = folder / built.name
-    os.replace(built, wheel)
+    wheel = built.rename(folder / built.name)
     shutil.rmtree(scratch)
     return wheel
 

@@ -1,4 +1,4 @@
-# Facades of buildings, 442 images to train and 108 to test (docs/does_it_help.md), from weights or from scratch, on a CPU.
+# Facades of buildings, 442 images to train, 108 to test (docs/does_it_help.md), from weights or from scratch, on a CPU.
 _base_ = '../custom/mask-rcnn_r50-ce_fpn_custom.py'
 data_root = 'data/facade/'
 metainfo = dict(

@@ -87,4 +87,4 @@ def _meaning(ce: list[str], num_missing: int) -> str:
         return 'CE is loaded in part; what is missing keeps its values.'
     if sum(key.endswith('.alpha') for key in ce) == sum(key.endswith('.theta') for key in ce):
         return 'plain weights; CE starts as the identity and grows in.'
-    return 'plain weights under an untrained CE, which disturbs its blocks; use weights with CE or identity_start=True.'
+    return 'plain weights under an untrained CE: let norms and CE train (norm_eval=False), or use identity_start=True.'

@@ -19,7 +19,9 @@ from mmengine.optim import build_optim_wrapper
 from mmdet_ce.backbones.ce_backbone import CEBackbone
 
 CONFIGS = sorted(path for path in (ROOT / 'configs').glob('*/*.py') if path.parent.name != 'imagenet')
-NAME = re.compile(r'[a-z0-9-]+_(r\d+|x101-32x4d|mobilenet-v2)(-[a-z0-9]+)*_fpn_([a-z0-9-]+_)?(coco|shapes|custom|bccd|facade)')
+NAME = re.compile(
+    r'[a-z0-9-]+_(r\d+|x101-32x4d|mobilenet-v2)(-[a-z0-9]+)*_fpn_([a-z0-9-]+_)?(coco|shapes|custom|bccd|facade)'
+)
 SCHEDULE = re.compile(r'([12])x_coco$')
 NUM_LAYERS = {18: 7, 50: 14, 101: 31, None: 17}
 

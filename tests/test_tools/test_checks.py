@@ -212,12 +212,29 @@ def test_a_near_miss_names_the_nearest(name, nearest, cfg):
         assert find_problems(cfg, ['train']) == []
 
 
+def test_arguments_of_ce_are_tried(cfg):
+    cfg.model.backbone.ce_eval = 'no'
+    (problem,) = find_problems(cfg, ['test'])
+    assert problem.startswith('model.backbone: ') and problem.endswith("ce_eval must be True, False or None, got 'no'")
+    cfg.model.backbone = dict(type='CEResNet', depth=50, ce_cfg=dict(num_iteration=8))
+    (problem,) = find_problems(cfg, ['test'])
+    assert "unexpected keyword argument 'num_iteration'" in problem
+
+
+def test_masks_that_the_file_lacks(cfg, write):
+    write(COCO, info=dict(bbox=[]))
+    (problem,) = find_problems(cfg, ['train'])
+    assert 'instances_train2017.json has no masks, which train_dataloader.dataset loads' in problem
+    write(COCO, info=dict(bbox=[], segmentation=[]))
+    assert find_problems(cfg, ['train']) == []
+
+
 def test_torchvision_weights_without_torchvision(cfg, monkeypatch):
     cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint='torchvision://resnet50')
     monkeypatch.setattr(sys, 'path', [])
     monkeypatch.delitem(sys.modules, 'torchvision', raising=False)
     (problem,) = find_problems(cfg, ['train'])
-    assert re.search('torchvision://resnet50 needs torchvision.* pip install torchvision', problem)
+    assert re.search(r'torchvision://resnet50 needs torchvision: pip install torchvision==0\.\d+\.\*$', problem)
 
 
 def test_text_of_a_file_cannot_forge_a_line(cfg, write):

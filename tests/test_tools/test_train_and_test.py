@@ -74,7 +74,7 @@ def test_the_demo_and_a_training_anew_in_its_folder(demonstrated):
 
     before = Path('run/epoch_1.pth').read_bytes()
     message = call(run_train, 'small.py', '--work-dir', 'run')
-    assert re.fullmatch(r'error: run/epoch_1\.pth [^\n]+ --work-dir, or --resume and more max_epochs', message)
+    assert re.fullmatch(r'error: run holds a training: [^\n]+ --work-dir, or continue it with --resume', message)
     assert Path('run/epoch_1.pth').read_bytes() == before
 
 

@@ -2,8 +2,7 @@
 
     python tools/analysis_tools/study_inhibition.py TRAIN_FOLDER TEST_FOLDER --out-dir work_dirs/inhibition
 
-Trains each network with each weight decay and seed, on one thread. A training that is finished in the output folder is
-not run again, so an interrupted study continues. Prints a table.
+Trains each network with each weight decay and seed, on one thread, and prints a table. An interrupted study continues.
 """
 
 from __future__ import annotations

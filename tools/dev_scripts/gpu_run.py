@@ -1,8 +1,7 @@
 """Run what only a GPU can show: the tests of the kernels, speed, the GPU suite, single operations, a profile.
 
-Each fact goes into facts.jsonl as soon as it is known, the most valuable first, and report.md is written after each
-step: a run that is cut loses nothing. A machine with torch and Triton alone and no network needs ``--wheels``: addict,
-mmcv-lite, mmdet, mmengine, platformdirs, pycocotools, shapely, termcolor, terminaltables, yapf; pytest if it has none.
+A run that is cut loses nothing: facts.jsonl and report.md grow, the most valuable first. Without a network ``--wheels``
+has addict, mmcv-lite, mmdet, mmengine, platformdirs, pycocotools, pytest, shapely, termcolor, terminaltables, yapf.
 """
 
 from __future__ import annotations
@@ -79,8 +78,8 @@ def report(facts: list[dict]) -> str:
     lines = ['# mmdet_ce on a GPU', '']
     for fact in facts:
         if fact['fact'] == 'step':
-            head = f'## {fact["step"]}: ended with {fact["exit_status"]} after {fact["seconds"]} s'
-            lines += [head, '', '```', *fact['said'], '```', '']
+            lines += [f'## {fact["step"]}: ended with {fact["exit_status"]} after {fact["seconds"]} s']
+            lines += ['', '```', *fact['said'], '```', '']
     lines += ['## A step of the backbone', '', '| case | plain ms | torch | Triton | host ms | MiB | first s |']
     lines += ['| --- ' * 7 + '|']
     for fact in facts:
@@ -97,8 +96,7 @@ def report(facts: list[dict]) -> str:
 def install(wheels: Path, site: Path) -> None:
     """Install carried wheels into a folder of this run's own."""
     command = [sys.executable, '-m', 'pip', 'install', '-q', '--no-index', '--no-deps', '--target', str(site)]
-    if subprocess.run([*command, *map(str, sorted(wheels.glob('*.whl')))]).returncode:
-        sys.exit(f'gpu: error: the wheels in {wheels} could not be installed; the message of pip is above')
+    subprocess.run([*command, *map(str, sorted(wheels.glob('*.whl')))], check=True)
     if (site / 'mmcv').is_dir() and not list((site / 'mmcv').glob('_ext*')):
         (site / 'mmcv' / '_ext.py').write_text(NO_OPERATORS)
 
