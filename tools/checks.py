@@ -18,6 +18,8 @@ from mmdet.datasets import CocoDataset
 from mmdet.registry import DATASETS, MODELS
 from mmengine.config import Config
 
+MASKS = re.compile(rb'"segmentation"\s*:\s*[[{]\s*[^]\s]|"segments_info"')
+NOT_CE = ('norm_cfg', 'conv_cfg', 'act_cfg', 'plugins', 'dcn')
 CE_TYPES = ('CEMobileNetV2', 'CEResNeXt', 'CEResNet', 'CEResNetV1d', 'ChannelEquilibrium')
 
 
@@ -56,9 +58,9 @@ def _model_problems(part: dict, place: str, cfg: Config, classes: tuple[str, ...
     elif name[:2].upper() == 'CE' and not MODELS.get(name):
         for near in get_close_matches(name.lower(), known, 1):
             yield f'type={name!r} is not registered; the nearest name is {known[near]}'
-    elif name in CE_TYPES and place == 'model.backbone':
-        try:
-            MODELS.build(part)
+    elif name in CE_TYPES and place.endswith('.backbone'):
+        try:  # without what needs mmdet's scope or a process group
+            MODELS.build({key: value for key, value in part.items() if key not in NOT_CE})
         except (TypeError, ValueError) as error:
             yield f'{place}: {error}'
     is_head = re.search(r'(bbox|mask)_head(\.\d+)?$', place) and 'language_model' not in cfg.model
@@ -66,8 +68,7 @@ def _model_problems(part: dict, place: str, cfg: Config, classes: tuple[str, ...
         yield f'{place}.num_classes is {part["num_classes"]}; the data has {len(classes)} classes, {short(classes)}'
     path = str(part.get('checkpoint') or '') if trains else ''  # a test does not read it
     if path.startswith('torchvision://') and not find_spec('torchvision'):
-        # 0.16 is that of torch 2.1; without a version pip takes the newest, and another torch
-        yield f'{path} needs torchvision: pip install torchvision==0.{int(torch.__version__.split(".")[1]) + 15}.*'
+        yield f'{path} needs torchvision: pip install torchvision torch=={torch.__version__}'
     elif path and _is_missing(path):
         yield f'pretrained weights {path} not found; docs/weights.md says where some are, {place}=None trains without'
 
@@ -84,12 +85,12 @@ def _data_problems(part: dict, place: str) -> Iterator[str]:
     images = os.path.join(root, prefix.get('img') or '' if isinstance(prefix, dict) else prefix)
     if str(loader.get('type')).endswith('LoadImageFromFile') and not loader.get('backend_args') and _is_missing(images):
         yield f'image folder {images} not found; set {place}.data_prefix and data_root'
-    wants_masks = '://' not in ann_file and any(step.get('with_mask') for step in part.get('pipeline') or ())
-    content = Path(ann_file).read_bytes() if wants_masks else b''
-    if b'"bbox"' in content and b'"segmentation"' not in content:
+    classes, wants_masks = _classes(part), any(step.get('with_mask') for step in part.get('pipeline') or ())
+    file = Path(ann_file).expanduser()
+    content = file.read_bytes() if (classes or wants_masks) and file.is_file() else b''
+    if wants_masks and b'"bbox"' in content and not MASKS.search(content):
         yield f'{ann_file} has no masks, which {place} loads; take a detector of boxes, or with_mask=False'
-    classes = _classes(part)
-    names = _category_names(ann_file) if classes else None
+    names = _category_names(content) if classes else None
     if isinstance(classes, str):
         yield f'{place}.metainfo.classes is the text {classes!r}; expected a tuple, with a comma: ({classes!r},)'
     # mmdet takes the categories that it finds, and numbers them in the order of the file
@@ -103,7 +104,7 @@ def _data_problems(part: dict, place: str) -> Iterator[str]:
 def _classes(part: dict) -> tuple[str, ...] | str | None:
     """Return the classes of a data set that numbers them by the categories of a COCO file, else None."""
     kind = DATASETS.get(str(part.get('type')))
-    if getattr(kind, 'load_data_list', None) is not CocoDataset.load_data_list:
+    if getattr(kind, 'load_data_list', None) is not CocoDataset.load_data_list or 'thing_classes' in kind.METAINFO:
         return None
     classes = (part.get('metainfo') or {}).get('classes', kind.METAINFO['classes']) or ()
     if isinstance(classes, str) and Path(classes).is_file():
@@ -111,10 +112,9 @@ def _classes(part: dict) -> tuple[str, ...] | str | None:
     return classes if isinstance(classes, str) else tuple(classes)
 
 
-def _category_names(ann_file: str) -> Any:
+def _category_names(content: bytes) -> Any:
     """Read the categories alone: all of COCO's file takes half a minute. None is for what the framework refuses."""
-    with suppress(OSError, ValueError, AttributeError, LookupError, TypeError):
-        content = Path(ann_file).read_bytes()
+    with suppress(ValueError, AttributeError, LookupError, TypeError):
         start = re.search(rb'"categories"\s*:\s*', content).end()
         text = content[start : start + (1 << 24)].decode(errors='ignore')
         return tuple(category['name'] for category in json.JSONDecoder().raw_decode(text)[0])
