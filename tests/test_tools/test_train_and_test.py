@@ -165,7 +165,7 @@ def test_real_coco_images(detector, coco_tiny, tmp_path, monkeypatch, capfd):
     options += ['train_cfg.val_interval=10', 'test_dataloader.dataset.indices=4']  # the test evaluates
     if detector == 'mask-rcnn':  # thousands of proposals take a CPU long and test nothing more
         options += ['model.test_cfg.rcnn.max_per_img=10', 'model.test_cfg.rpn.max_per_img=50']
-        options += ['model.train_cfg.rpn_proposal.max_per_img=50']
+        options += ['model.train_cfg.rpn_proposal.max_per_img=50', 'model.train_cfg.rcnn.sampler.num=32']
     for split, place in resize.items():
         options += [
             f'{split}_dataloader.dataset.data_root={coco_tiny}/',
