@@ -18,7 +18,7 @@ from mmdet.datasets import CocoDataset
 from mmdet.registry import DATASETS, MODELS
 from mmengine.config import Config
 
-MASKS = re.compile(rb'"segmentation"\s*:\s*[[{]\s*[^]\s]|"segments_info"')
+MASKS = re.compile(rb'"segmentation"\s*:\s*[\[{]\s*[^\]\s]|"segments_info"')
 NOT_CE = ('norm_cfg', 'conv_cfg', 'act_cfg', 'plugins', 'dcn')
 CE_TYPES = ('CEMobileNetV2', 'CEResNeXt', 'CEResNet', 'CEResNetV1d', 'ChannelEquilibrium')
 
