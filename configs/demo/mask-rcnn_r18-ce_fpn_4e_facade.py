@@ -15,8 +15,6 @@ metainfo = dict(
         'window',
     )
 )
-train = dict(ann_file='annotations/train.json', data_prefix=dict(img='train/'))
-val = dict(ann_file='annotations/val.json', data_prefix=dict(img='val/'))
 num_classes = len(metainfo['classes'])
 model = dict(
     backbone=dict(_delete_=True, type='CEResNet', depth=18, base_channels=32, frozen_stages=-1, norm_eval=False),
@@ -38,8 +36,8 @@ param_scheduler[1].end = param_scheduler[1].T_max = max_epochs
 train_pipeline, test_pipeline = _base_.train_pipeline, _base_.test_pipeline
 train_pipeline[2].scale = test_pipeline[1].scale = (320, 320)
 shared = dict(data_root=data_root, metainfo=metainfo)
-train_dataloader = dict(dataset=dict(pipeline=train_pipeline, **shared, **train))
-val_dataloader = dict(dataset=dict(pipeline=test_pipeline, **shared, **val))
+train_dataloader = dict(dataset=dict(pipeline=train_pipeline, **shared))
+val_dataloader = dict(dataset=dict(pipeline=test_pipeline, **shared))
 test_dataloader = val_dataloader
-val_evaluator = dict(ann_file=data_root + val['ann_file'])
+val_evaluator = dict(ann_file=data_root + _base_.val.ann_file)
 test_evaluator = val_evaluator

@@ -2,7 +2,6 @@
 _base_ = '../custom/retinanet_r50-ce_fpn_custom.py'
 data_root = 'data/bccd/'
 metainfo = dict(classes=('RBC', 'WBC', 'Platelets'))
-train = dict(ann_file='annotations/train.json', data_prefix=dict(img='train/'))
 val = dict(ann_file='annotations/test.json', data_prefix=dict(img='test/'))
 num_classes = len(metainfo['classes'])
 model = dict(
@@ -17,7 +16,7 @@ param_scheduler[1].end = param_scheduler[1].T_max = max_epochs
 train_pipeline, test_pipeline = _base_.train_pipeline, _base_.test_pipeline
 train_pipeline[2].scale = test_pipeline[1].scale = (320, 240)
 shared = dict(data_root=data_root, metainfo=metainfo)
-train_dataloader = dict(dataset=dict(pipeline=train_pipeline, **shared, **train))
+train_dataloader = dict(dataset=dict(pipeline=train_pipeline, **shared))
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline, **shared, **val))
 test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + val['ann_file'])
