@@ -25,7 +25,6 @@ FEATURES = {
     'torch.load as data by default': (2, 6),
     'torch.compile without a graph break': (2, 6),
     'torch.export and export to ONNX': (2, 6),
-    'the Triton form on a GPU': (2, 7),
     'float16 under autocast on a CPU': (2, 4),
 }
 # torch 2.3 has both
@@ -43,16 +42,17 @@ def outside_graphs(function: Callable) -> Callable:
     return function if TORCH >= FEATURES['torch.compile without a graph break'] else torch.compiler.disable(function)
 
 
-def without_autocast(device_type: str) -> AbstractContextManager:
-    """Return a context in which autocast is off. Remove it when torch >= 2.4."""
+def is_autocast_enabled(device_type: str) -> bool:
+    """Return whether autocast is on for a type of device. Remove it when torch >= 2.4."""
     if TORCH >= (2, 4):  # torch.compile in torch 2.11 cannot trace the question whether a device type has an autocast
         has_autocast = is_compiling() or torch.amp.is_autocast_available(device_type)
-        is_on = has_autocast and torch.is_autocast_enabled(device_type)
-        return torch.autocast(device_type, enabled=False) if is_on else nullcontext()
-    try:
-        return torch.autocast(device_type, enabled=False)
-    except RuntimeError:  # it has none
-        return nullcontext()
+        return has_autocast and torch.is_autocast_enabled(device_type)
+    return torch.is_autocast_cpu_enabled() if device_type == 'cpu' else torch.is_autocast_enabled()
+
+
+def without_autocast(device_type: str) -> AbstractContextManager:
+    """Return a context in which autocast is off. Remove it when torch >= 2.4."""
+    return torch.autocast(device_type, enabled=False) if is_autocast_enabled(device_type) else nullcontext()
 
 
 @torch.compiler.assume_constant_result  # torch 2.11 cannot trace a look at the switch

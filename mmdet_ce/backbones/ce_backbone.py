@@ -12,12 +12,11 @@ from typing import Any, Callable, Optional
 from mmdet.registry import MODELS
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .. import compat
 from ..layers import ChannelEquilibrium
-from ..layers.hooked import has_hooks
 from ..ops.precision import is_tracing
 from .loading_report import report_load
 
@@ -37,42 +36,6 @@ def check_stages(
     if not isinstance(stages, Sequence) or len(stages) != num_stages or any(s not in (True, False) for s in stages):
         raise ValueError(f'stage_with_ce needs True or False for each of the {num_stages} stages, got {stages!r}')
     return tuple(stages) if ce_cfg is not None else (False,) * num_stages
-
-
-@compat.outside_graphs
-def norm_ce(
-    norm: nn.Module,
-    ce: Optional[ChannelEquilibrium],
-    x: Tensor,
-    shortcut: Optional[Tensor] = None,
-    relu: Optional[nn.Module] = None,
-) -> Tensor:
-    """Return relu(CE(norm(x)) + shortcut); what is None is left out.
-
-    A BatchNorm in evaluation is an affine map, and CE takes it into its own product, as it does the shortcut and the
-    ReLU after it: two passes over x for all of them. A module that has a hook is called on its own, so that the hook
-    sees what it expects. So is every module in an exported graph, whose runtime folds the norm into the convolution
-    before it.
-    """
-    # Exactly this class: a subclass may compute something else.
-    if type(ce) is ChannelEquilibrium and not (is_tracing() or has_hooks(ce)):
-        # Exactly these classes, as above
-        foldable = type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) and norm.track_running_stats
-        folded = foldable and not (norm.training or has_hooks(norm))
-        takes_shortcut = shortcut is not None and shortcut.shape == x.shape
-        takes_relu = type(relu) is nn.ReLU and (takes_shortcut or shortcut is None) and not has_hooks(relu)
-        out = ce(
-            x if folded else norm(x), norm if folded else None, shortcut if takes_shortcut else None, relu=takes_relu
-        )
-        shortcut = None if takes_shortcut else shortcut
-        relu = None if takes_relu else relu
-    else:
-        out = norm(x) if ce is None else ce(norm(x))
-    if ce is not None and has_hooks(ce):
-        out = out.clone()  # backward hooks have made a view of it, which cannot be changed in place
-    if shortcut is not None:
-        out += shortcut
-    return out if relu is None else relu(out)
 
 
 def run_block(block: BaseModule, inner_forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

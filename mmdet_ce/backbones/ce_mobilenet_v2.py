@@ -10,8 +10,8 @@ from mmdet.models.layers import InvertedResidual
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 
-from ..layers.hooked import has_hooks
-from .ce_backbone import CEBackbone, build_ce, check_stages, norm_ce, run_block
+from ..layers.block_end import block_end, is_hooked
+from .ce_backbone import CEBackbone, build_ce, check_stages, run_block
 
 
 class CEInvertedResidual(InvertedResidual):
@@ -35,13 +35,13 @@ class CEInvertedResidual(InvertedResidual):
             if self.with_se:
                 out = self.se(out)
             projection = self.linear_conv
-            if self.ce is None or not projection.with_norm or has_hooks(projection):
+            if self.ce is None or not projection.with_norm or is_hooked(projection):
                 out = projection(out)
                 out = out if self.ce is None else self.ce(out)
             elif self.with_res_shortcut and isinstance(self.drop_path, nn.Identity):
-                return norm_ce(projection.norm, self.ce, projection.conv(out), x)
+                return block_end(projection.conv(out), projection.norm, self.ce, shortcut=x)
             else:
-                out = norm_ce(projection.norm, self.ce, projection.conv(out))
+                out = block_end(projection.conv(out), projection.norm, self.ce)
             return x + self.drop_path(out) if self.with_res_shortcut else out
 
         return run_block(self, _inner_forward, x)

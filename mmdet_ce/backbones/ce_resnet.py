@@ -9,7 +9,8 @@ from mmdet.models.backbones.resnet import BasicBlock, Bottleneck, ResNet
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 
-from .ce_backbone import CEBackbone, build_ce, check_stages, norm_ce, run_block
+from ..layers.block_end import block_end
+from .ce_backbone import CEBackbone, build_ce, check_stages, run_block
 
 
 class CEBasicBlock(BasicBlock):
@@ -31,7 +32,7 @@ class CEBasicBlock(BasicBlock):
             out = self.relu(self.norm1(self.conv1(x)))
             out = self.conv2(out)
             identity = x if self.downsample is None else self.downsample(x)
-            return norm_ce(self.norm2, self.ce, out, identity, self.relu)
+            return block_end(out, self.norm2, self.ce, shortcut=identity, relu=self.relu)
 
         return run_block(self, _inner_forward, x)
 
@@ -58,16 +59,17 @@ class CEBottleneck(Bottleneck):
             out = self.relu(self.norm1(self.conv1(x)))
             if self.with_plugins:
                 out = self.forward_plugin(out, self.after_conv1_plugin_names)
-            out = norm_ce(self.norm2, self._ce_at('after_norm2'), self.conv2(out), relu=self.relu)
+            out = block_end(self.conv2(out), self.norm2, self._ce_at('after_norm2'), relu=self.relu)
             if self.with_plugins:
                 out = self.forward_plugin(out, self.after_conv2_plugin_names)
-            out, ce = self.conv3(out), self._ce_at('after_norm3')
+            ce = self._ce_at('after_norm3')
             if self.with_plugins and self.after_conv3_plugin_names:
-                out = self.forward_plugin(norm_ce(self.norm3, ce, out), self.after_conv3_plugin_names)
+                out = block_end(out, self.norm3, ce, conv=self.conv3)
+                out = self.forward_plugin(out, self.after_conv3_plugin_names)
                 out += x if self.downsample is None else self.downsample(x)
                 return self.relu(out)
             identity = x if self.downsample is None else self.downsample(x)
-            return norm_ce(self.norm3, ce, out, identity, self.relu)
+            return block_end(out, self.norm3, ce, conv=self.conv3, shortcut=identity, relu=self.relu)
 
         return run_block(self, _inner_forward, x)
 
@@ -190,14 +192,14 @@ class CEResNet(CEBackbone, ResNet):
         """Return the feature maps of ``out_indices`` for images (N, 3, H, W)."""
         self.check_statistics()
         if not self.deep_stem:
-            x = norm_ce(self.norm1, self.ce1, self.conv1(x), relu=self.relu)
+            x = block_end(self.conv1(x), self.norm1, self.ce1, relu=self.relu)
         elif self.ce1 is None:
             x = self.stem(x)
         else:
             *layers, norm, relu = self.stem
             for layer in layers:
                 x = layer(x)
-            x = norm_ce(norm, self.ce1, x, relu=relu)
+            x = block_end(x, norm, self.ce1, relu=relu)
         x = self.maxpool(x)
         outs = []
         for i, layer_name in enumerate(self.res_layers):

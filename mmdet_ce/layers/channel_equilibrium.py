@@ -14,13 +14,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from mmdet.registry import MODELS
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .. import compat
 from ..ops import channel_equilibrium
 from ..ops.gate import LAYER_NORM_EPS
 from ..ops.precision import in_backward_pass
-from .hooked import has_hooks
+from ..ops.records import Statistics
 
 
 class BatchDecorrelation(nn.Module):
@@ -47,28 +47,13 @@ class InstanceReweighting(nn.Module):
         self.register_buffer('running_scale', torch.ones(1))
 
     @property
-    def is_plain(self) -> bool:
-        """Whether the weights alone define the gate: no module is hooked, parametrized, wrapped or replaced."""
-        linear, norm = (self.fc1, self.fc2), self.norm
-        return (
-            all(type(layer) is nn.Linear and layer.bias is None for layer in linear)
-            and type(norm) is nn.LayerNorm
-            and (norm.eps == LAYER_NORM_EPS and norm.weight is not None and norm.bias is not None)
-            and not any(map(has_hooks, (self, *linear, norm)))
-        )
-
-    @property
     def gate_parameters(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The gate's W1, LayerNorm weight and bias, and W2."""
         return self.fc1.weight, self.norm.weight, self.norm.bias, self.fc2.weight
 
-    def forward(self, variance: Tensor) -> Tensor:
-        """Return the gate's logits, (N, C), for the spatial variances of each sample's channels, (N, C)."""
-        return self.fc2(F.relu(self.norm(self.fc1(variance))))
-
     def gate(self, variance: Tensor) -> Tensor:
         """Return the gate, (N, C), for the spatial variances of each sample's channels, (N, C)."""
-        return torch.sigmoid(self(variance))
+        return torch.sigmoid(self.fc2(F.relu(self.norm(self.fc1(variance)))))
 
 
 @MODELS.register_module()
@@ -147,44 +132,55 @@ class ChannelEquilibrium(nn.Module):
 
     @compat.outside_graphs
     def forward(
-        self, x: Tensor, norm: Optional[_BatchNorm] = None, residual: Optional[Tensor] = None, relu: bool = False
+        self,
+        x: Tensor,
+        conv: Optional[nn.Conv2d] = None,
+        norm: Optional[nn.BatchNorm2d] = None,
+        shortcut: Optional[Tensor] = None,
+        relu: bool = False,
     ) -> Tensor:
-        """Return relu(CE(norm(x)) + residual) for x, (N, C, H, W); what is left out is not applied.
+        """Return relu(CE(norm(conv(x))) + shortcut) for x, (N, C, H, W); what is left out is not applied.
 
         Args:
-            x: The output of the norm before CE, or its input where ``norm`` is given.
-            norm: A BatchNorm in evaluation, which is folded into CE's product.
-            residual: The shortcut of a residual block, of the shape of ``x``.
+            x: The output of the norm before CE; its input where ``norm`` is given, and the convolution's with ``conv``.
+            conv: A 1x1 convolution of stride 1 without bias, which is never applied on its own; needs ``norm``.
+            norm: A BatchNorm, whose running values move if it trains.
+            shortcut: The shortcut of a residual block, of the shape of the result.
             relu: Whether ReLU comes last.
         """
-        self._check_input(x)
-        is_plain, logits = self.ir.is_plain, None
-        if not is_plain:
-            x, norm = (x if norm is None else norm(x)), None
-            with compat.without_autocast(x.device.type):
-                z = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(2)
-                variance = z.var(2, correction=min(1, z.shape[2] - 1))  # of a 1x1 map 0
-                logits = self.ir(variance.to(self.ir.running_scale.dtype))
-        out, mean, whitening, scale = channel_equilibrium(
+        self._check_input(x, conv)
+        process_group = self._process_group()
+        if x.numel() == 0 and process_group is None:
+            return self._of_nothing(x, conv, norm, shortcut)
+        out, statistics = channel_equilibrium(
             x,
             self.theta,
-            *(self.ir.gate_parameters if is_plain else (None,) * 4),
+            *self.ir.gate_parameters,
             group_size=self.group_size,
             num_iterations=self.bd.num_iterations,
             eps=self.bd.eps,
             running_whitening=None if self.training else self.bd.running_whitening,
             running_scale=None if self.training else self.ir.running_scale,
             alpha=self.alpha,
-            logits=logits,
+            conv_weight=None if conv is None else conv.weight,
             norm=norm,
-            residual=residual,
+            shortcut=shortcut,
             relu=relu,
-            process_group=self._process_group(),
+            process_group=process_group,
         )
         # Activation checkpointing runs the forward pass again inside the backward pass: that one must not count.
         if self.training and (compat.is_compiling() or not in_backward_pass()):
-            self._update(mean, whitening, scale)
+            self._update(statistics)
         return out
+
+    def _of_nothing(
+        self, x: Tensor, conv: Optional[nn.Module], norm: Optional[nn.Module], shortcut: Optional[Tensor]
+    ) -> Tensor:
+        """Return the output of a batch of 0: nothing, of which every parameter has the gradient 0."""
+        for module in (conv, norm):
+            x = x if module is None else module(x)
+        x = x if shortcut is None else x + shortcut
+        return x + sum(parameter.sum() for parameter in self.parameters()).to(x.dtype)
 
     def _process_group(self) -> Optional[dist.ProcessGroup]:
         """Return the processes that statistics are taken over; None for this one alone."""
@@ -193,13 +189,13 @@ class ChannelEquilibrium(nn.Module):
         return dist.group.WORLD if dist.get_world_size() > 1 else None
 
     @torch.no_grad()
-    def _update(self, mean: Tensor, whitening: Tensor, scale: Tensor) -> None:
-        """Move the running values towards those of the batch, unless a value of the batch was not finite."""
-        # NaN or inf in the map makes s NaN or inf. An overflow of the covariance makes entries of P_T NaN or inf.
-        is_finite = (whitening.sum() + scale).abs() < math.inf
-        buffers = self.bd.running_mean, self.bd.running_whitening, self.ir.running_scale
-        for running, value in zip(buffers, (mean, whitening, scale)):
-            running.lerp_(torch.where(is_finite, value.to(running.dtype), running), self.momentum)
+    def _update(self, statistics: Statistics) -> None:
+        """Move the running values towards those of the batch, unless it has no variance or is not finite."""
+        running = [self.bd.running_mean, self.bd.running_whitening, self.ir.running_scale]
+        values = [statistics.mean, statistics.whitening, statistics.scale]
+        values = [torch.where(statistics.is_usable, value, old) for value, old in zip(values, running)]
+        move = get_ema_multi_avg_fn(1 - self.momentum)
+        move(running, [value.to(old.dtype) for value, old in zip(values, running)], None)
 
     @property
     def is_identity(self) -> bool:
@@ -212,19 +208,24 @@ class ChannelEquilibrium(nn.Module):
         eye = torch.eye(self.group_size, device=self.bd.running_whitening.device)
         return _is_true((self.bd.running_mean == 0).all() & (self.bd.running_whitening == eye).all())
 
-    def _check_input(self, x: Tensor) -> None:
-        has_shape = x.dim() == 4 and x.shape[1] == self.in_channels and x.numel() > 0
+    def _check_input(self, x: Tensor, conv: Optional[nn.Module]) -> None:
+        channels = self.in_channels if conv is None else conv.in_channels
+        has_shape = x.dim() == 4 and x.shape[1] == channels
         has_dtype = x.dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
         if not (has_shape and has_dtype and x.layout == torch.strided):
             raise ValueError(
-                f'ChannelEquilibrium expects a non-empty dense tensor, (N, {self.in_channels}, H, W), of 16, 32 or '
+                f'ChannelEquilibrium expects a dense tensor, (N, {channels}, H, W), of 16, 32 or '
                 f'64-bit floats, got {tuple(x.shape)}, {x.dtype}, {x.layout}'
             )
 
     def extra_repr(self) -> str:
         """Describe the arguments that shape the block."""
         text = f'{self.in_channels}, num_channels={self.group_size}, num_iterations={self.bd.num_iterations}'
-        return text + ', identity_start=True' * (self.alpha is not None) + ', sync=True' * self.sync
+        if self.alpha is not None:
+            text += ', identity_start=True'
+        if self.sync:
+            text += ', sync=True'
+        return text
 
 
 def _is_true(flag: Tensor) -> bool:

@@ -1,72 +1,102 @@
-"""The statistics of the batch that CE trains on: mean and covariance of each group, and s = sqrt(mean(v)).
+"""The batch that CE trains on: that of this process, or of all processes of a group (``sync=True``), and its scale s.
 
-The covariance over samples and positions is that within the samples and that of their means,
-
-    Sigma_z = sum_n S_n / (N L) + sum_n (m_n - mu)(m_n - mu)^T / N,
-
-of z, the input of a norm that is folded in, or of x itself. The batch is that of this process, or of all processes of
-a group (``sync=True``): then the moments are exchanged in the forward pass, and two gradients in the backward pass.
+The moments of a group are exchanged in the forward pass, and two gradients in the backward pass.
 """
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .maps import SCATTER_UNIT
-from .precision import add_matmul, least_variance, matmul, rounding_variance
-from .records import Options, Saved
+from .precision import least_variance, matmul, rounding_variance
+from .records import Saved
 
 
-def batch_statistics(
-    sample_means: Tensor, scatter: Tensor, length: int, x_means: Tensor, variance: Tensor, options: Options
-) -> tuple[Optional[Tensor], ...]:
-    """Return the moments of the whole batch.
+class Batch(NamedTuple):
+    """The moments of x over the batch; of one process, if there is no more than one, the shares are None."""
 
-    Args:
-        sample_means: m, (N, G, d), of z.
-        scatter: S, (N, G, d, d), of z, in units of ``SCATTER_UNIT``.
-        length: Positions L of a sample.
-        x_means: (N, G, d), of x.
-        variance: v, (N, G, d), of x.
-        options: Have the processes and the dtype of the map.
-
-    Returns:
-        N and N L of all processes, (1,), None where there is one; mu, (G, d), and the covariance, (G, d, d), of z;
-        mean(v) and what of it rounding alone may leave, (1,).
-    """
-    n, share = len(sample_means), 1 / variance.numel()  # shares are summed, since the sum alone could overflow
-    mean = sample_means.mean(0)
-    shifts = (sample_means - mean).transpose(0, 1)
-    within = scatter.sum(0)
-    covariance = add_matmul(within, shifts.mT, shifts, beta=SCATTER_UNIT / (n * length), alpha=1 / n)
-    mean_variance = (variance * share).sum().view(1)
-    rounding = (x_means.square() * (share * rounding_variance(options.map_dtype))).sum().view(1)
-    if options.process_group is None:
-        return None, None, mean, covariance, mean_variance, rounding
-    counts = [torch.full((1,), float(count), dtype=mean.dtype, device=mean.device) for count in (n, n * length)]
-    return _merged(options.process_group, *counts, mean, covariance, mean_variance, rounding)
+    mean: Tensor  # (G, d)
+    covariance: Tensor  # (G, d, d)
+    mean_variance: Tensor  # (1,), s^2: the variance of each sample's positions, on average
+    sample_share: Optional[Tensor] = None  # (1,), this process's share of the samples
+    position_share: Optional[Tensor] = None  # (1,), and of the positions
+    shift: Optional[Tensor] = None  # (G, d), this process's mean minus that of all
 
 
-def _merged(group: dist.ProcessGroup, *moments: Tensor) -> tuple[Tensor, ...]:
-    """Return the moments of the whole batch from those of this process's part."""
-    packed = torch.cat([tensor.flatten() for tensor in moments])
+def merged(own: Batch, num_samples: int, length: int, group: Optional[dist.ProcessGroup]) -> Batch:
+    """Return the moments of the whole batch from those of this process's samples, of L positions each."""
+    if group is None:
+        return own
+    samples = own.mean.new_full((1,), num_samples)
+    parts = (samples, samples * length, own.mean, own.covariance, own.mean_variance)
+    packed = torch.cat([tensor.flatten() for tensor in parts])
     gathered = packed.new_empty(group.size(), len(packed))
     dist.all_gather(list(gathered.unbind()), packed, group=group)
-    parts = gathered.split([tensor.numel() for tensor in moments], 1)
-    samples, positions, means, covariances, variances, roundings = parts
-    shape = moments[3].shape
-    by_sample, by_position = samples / samples.sum(), positions / positions.sum()
+    samples, positions, means, covariances, variances = gathered.split([tensor.numel() for tensor in parts], 1)
+    by_sample = samples / samples.sum()  # (processes, 1)
+    by_position = positions / positions.sum()
     mean = (by_position * means).sum(0)
-    # The covariances lie about each process's own mean: add that of the means
-    shifts = (means - mean).view(-1, *shape[:2])
+    # The covariances are about each process's own mean: add that of the means
+    shifts = (means - mean).view(-1, *own.mean.shape)  # (processes, G, d)
     between = matmul((by_position[:, :, None] * shifts).permute(1, 2, 0), shifts.transpose(0, 1))
-    covariance = (by_position * covariances).sum(0).view(shape) + between
-    shares = (by_sample * variances).sum(0), (by_sample * roundings).sum(0)
-    return samples.sum(0), positions.sum(0), mean.view(shape[:2]), covariance, *shares
+    covariance = (by_position * covariances).sum(0).view_as(between) + between
+    rank = dist.get_rank(group)
+    return Batch(
+        mean=mean.view_as(own.mean),
+        covariance=covariance,
+        mean_variance=(by_sample * variances).sum(0),
+        sample_share=by_sample[rank],
+        position_share=by_position[rank],
+        shift=shifts[rank],
+    )
+
+
+class BatchGradients(NamedTuple):
+    """The gradients of this process's own moments of x."""
+
+    mean: Optional[Tensor]  # (G, d); None for 0
+    covariance: Tensor  # (G, d, d)
+
+
+def merged_backward(d_covariance: Tensor, saved: Saved) -> BatchGradients:
+    """Return the gradients of this process's moments from that of the covariance of the whole batch, symmetric."""
+    if saved.shift is None:
+        return BatchGradients(mean=None, covariance=d_covariance)
+    d_covariance = d_covariance * saved.position_share
+    d_mean = 2 * matmul(d_covariance, saved.shift[..., None])[..., 0]
+    return BatchGradients(mean=d_mean, covariance=d_covariance)
+
+
+class Scale(NamedTuple):
+    """The scale s; the other fields are those of ``Saved``."""
+
+    scale: Tensor  # (1,)
+    is_usable: Tensor  # (1,)
+    mean_variance: Tensor  # (1,), s^2
+
+
+def batch_scale(batch: Batch, map_dtype: torch.dtype) -> Scale:
+    """Return s = sqrt(mean(v)), and whether the batch is usable: finite, with more variance than rounding leaves.
+
+    A batch without variance of positions (all-zero, constant or 1x1 maps; the network's first step when
+    zero_init_residual zeroes the norm before CE) has nothing to be equalized: s = 1, where the formula has 0 / 0.
+    """
+    second_moment = torch.addcmul(batch.covariance.diagonal(dim1=1, dim2=2), batch.mean, batch.mean).mean().view(1)
+    least = second_moment * rounding_variance(map_dtype) + least_variance(map_dtype)
+    is_usable = batch.mean_variance > least  # not of NaN; nor of inf, which makes both inf
+    mean_variance = torch.where(is_usable, batch.mean_variance, 1.0)
+    return Scale(scale=mean_variance.sqrt(), is_usable=is_usable, mean_variance=mean_variance)
+
+
+def batch_scale_backward(d_variance: Tensor, d_log_inverse_scale: Tensor, saved: Saved) -> Tensor:
+    """Add to the gradient of v, (N, C), what comes through s = sqrt(mean(v)), from that of log(1 / s), (1,)."""
+    of_each = d_log_inverse_scale * saved.is_usable / (2 * max(d_variance.numel(), 1))
+    if saved.sample_share is not None:
+        of_each = of_each * saved.sample_share
+    return torch.addcdiv(d_variance, of_each, saved.mean_variance, value=-1)
 
 
 def summed(group: Optional[dist.ProcessGroup], *values: Tensor) -> tuple[Tensor, ...]:
@@ -77,21 +107,3 @@ def summed(group: Optional[dist.ProcessGroup], *values: Tensor) -> tuple[Tensor,
     dist.all_reduce(packed, group=group)
     parts = packed.split([value.numel() for value in values])
     return tuple(part.view(value.shape) for part, value in zip(parts, values))
-
-
-def batch_scale(mean_variance: Tensor, rounding: Tensor, map_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return whether the batch lacks variance, and s, (1,) each.
-
-    A batch without spatial variance (all-zero, constant or 1x1 maps; the network's first step when zero_init_residual
-    zeroes the norm before CE) has nothing to be equalized: s = 1, where the formula has 0/0.
-    """
-    lacks_variance = mean_variance <= rounding + least_variance(map_dtype)
-    return lacks_variance, mean_variance.masked_fill(lacks_variance, 1.0).sqrt()
-
-
-def batch_scale_backward(saved: Saved, d_variance: Tensor, d_log_inverse_scale: Tensor) -> Tensor:
-    """Add to the gradient of v, (N, C), what comes through s = sqrt(mean(v)), from that of log(1 / s), (1,)."""
-    n, channels = d_variance.shape
-    of_each = d_log_inverse_scale.masked_fill(saved.lacks_variance, 0.0)
-    of_each = of_each / ((n if saved.samples is None else saved.samples) * (2 * channels))
-    return torch.addcdiv(d_variance, of_each, saved.scale.square(), value=-1)

@@ -1,159 +1,201 @@
-"""From the moments of a map to the matrix M that it is multiplied with, and back: the small matrices, stage by stage.
+"""From the moments of the map h to the matrix that it is multiplied with, and back: the small matrices, stage by stage.
 
-    m, S  --norm-->  moments of x  -->  v, Sigma, s  -->  gate, P_T  -->  M  --norm-->  M a and M b
+    m, S  ->  moments of z  --norm-->  [V | b]  ->  moments of x  ->  v, Sigma, s  ->  gate, P_T  ->  [M V | M b]
 
-Each stage has its forward and its backward function side by side; here they are put in order.
-``triton_coefficients`` has the same two functions for GPUs.
+h is the norm's input z, or the input of the 1x1 convolution before the norm, z = W h. The norm's output is
+x = a z + b = V h + b. Each stage has its forward and its backward function side by side; here they are put in order.
 """
 
 from __future__ import annotations
 
-from typing import Optional
+from types import ModuleType
+from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
-from .batch import batch_scale, batch_scale_backward, batch_statistics, summed
+from . import covariances, variances
+from .batch import Batch, batch_scale, batch_scale_backward, merged, merged_backward, summed
 from .gate import gate, gate_backward
-from .maps import SCATTER_UNIT
-from .newton import eye, whitening, whitening_backward
-from .norm_affine import affine, affine_backward, fold, fold_backward, moments_backward
+from .mixture import MixtureGradients, mix, mix_backward
+from .newton import whiten, whiten_backward
+from .norm import affine, affine_backward, affine_matrix, move_running_values
 from .precision import matmul
-from .records import Coefficients, Inputs, Options, Saved
+from .records import BatchMoments, Coefficients, Gradients, Moments, Parameters, Saved, Settings, Statistics
 
 
-def coefficients(sample_means: Tensor, scatter: Tensor, length: int, inputs: Inputs, options: Options) -> Coefficients:
-    """Return M from the moments of the map z.
-
-    Args:
-        sample_means: m, (N, G, d).
-        scatter: S, (N, G, d, d), in units of ``SCATTER_UNIT``; in evaluation its diagonal, (N, G, d).
-        length: Positions L of a sample.
-        inputs: The tensors beside the map.
-        options: The arguments.
-    """
-    training = options.running is None
-    inputs = _converted(inputs, options.dtype)
-    sample_means, scatter = sample_means.to(options.dtype), scatter.to(options.dtype)
-    rstd, a, b = affine(inputs, options.norm_eps, options.group_size)
-    squares = scatter.diagonal(dim1=2, dim2=3) if training else scatter
-    # length - 1, and 1 for a 1x1 map, whose variance is 0; max() would choose while a trace is made
-    z_variance = squares * (SCATTER_UNIT / (length - 1 + 1 // length))
-    variance = z_variance if a is None else z_variance * a.square()
-    unit, reduced, hidden, hidden_mean, hidden_rstd, rectified, gates = gate(variance.flatten(1), inputs)
-    mean = samples = positions = z_mean = z_covariance = lacks_variance = trace = normalized = None
-    if training:
-        x_means = sample_means if a is None else torch.addcmul(b, a, sample_means)
-        samples, positions, z_mean, z_covariance, mean_variance, rounding = batch_statistics(
-            sample_means, scatter, length, x_means, variance, options
-        )
-        lacks_variance, scale = batch_scale(mean_variance, rounding, options.map_dtype)
-        mean = z_mean if a is None else torch.addcmul(b, a, z_mean)
-        covariance = z_covariance if a is None else a[:, :, None] * z_covariance * a[:, None, :]
-        trace, normalized, p = whitening(covariance, options.eps, options.num_iterations)
+def coefficients(moments: Moments, length: int, parameters: Parameters, settings: Settings) -> Coefficients:
+    """Return what the map h is multiplied with, from its moments; its samples have L positions each."""
+    p = _converted(parameters, settings.dtype)
+    moments_of = _moments_of(moments.means, moments.covariances)
+    batch = moments_of.of_batch(moments, length) if settings.trains or settings.norm_trains else None
+    z = None
+    if settings.norm_trains:
+        z = moments_of.of_z(batch, p.conv_weight)
+        move_running_values(settings.norm, z, count=len(moments.means) * length)
+    norm = affine(z, p, settings)
+    matrix = affine_matrix(norm, p.conv_weight, moments.means, settings.group_size)  # [V | b], (G, d, J + 1)
+    x = moments_of.of_x(moments, matrix[..., :-1])
+    gates = gate(x.variance, p)
+    if settings.trains:
+        statistics, kept = _statistics(batch, x.variance, matrix, length, settings)
+        whitening = statistics.whitening
+        scale = statistics.scale
     else:
-        # P is copied: a training pass may update the buffer in place before the backward pass of this one
-        p, scale = options.running[0].to(options.dtype, copy=True), options.running[1].to(options.dtype)
-    lambda_, reweighting, ce_matrix, matrix = mixture(p, gates, scale, inputs)
-    folded, constant = (matrix, None) if a is None else fold(matrix, a, b)
+        statistics, kept = Statistics(), {}
+        whitening = settings.running_whitening.to(settings.dtype)
+        scale = settings.running_scale.to(settings.dtype)
+    mixture = mix(matrix, whitening, gates.gate, scale, p)
     saved = Saved(
-        sample_means, z_variance, rstd, a, b,
-        unit, reduced, hidden, hidden_mean, hidden_rstd, rectified, gates,
-        lambda_, p, reweighting, ce_matrix, matrix,
-        samples, positions, z_mean, z_covariance, lacks_variance, scale if training else None, trace, normalized,
-    )  # fmt: skip
-    statistics = (mean[..., None], p, scale) if training else (None, None, None)
-    return Coefficients(folded, constant, *statistics, saved)
+        means=moments.means,
+        affine=matrix,
+        projected=x.projected,
+        norm_mean=norm.mean,
+        rstd=norm.rstd,
+        a=norm.a,
+        variance=x.variance,
+        whitening=whitening,
+        batch_mean=None if batch is None else batch.mean,
+        batch_covariance=None if batch is None else batch.covariance,
+        **gates._asdict(),
+        **mixture._asdict(),
+        **kept,
+    )
+    return Coefficients(matrix=mixture.matrix, statistics=statistics, saved=saved)
+
+
+def _statistics(
+    batch: BatchMoments, variance: Tensor, matrix: Tensor, length: int, settings: Settings
+) -> tuple[Statistics, dict[str, Optional[Tensor]]]:
+    """Return the statistics of x over the batch, of this process or of all, and fields of ``Saved``."""
+    x = covariances.covariance_of_x(batch, matrix[..., :-1])
+    own = Batch(
+        mean=(matmul(matrix[..., :-1], batch.mean[..., None]) + matrix[..., -1:])[..., 0],
+        covariance=x.variance,
+        mean_variance=(variance.sum() / max(variance.numel(), 1)).view(1),
+    )
+    whole = merged(own, len(variance), length, settings.process_group)
+    scale = batch_scale(whole, settings.dtype)
+    whitening = whiten(whole.covariance, settings.eps, settings.num_iterations)
+    statistics = Statistics(
+        mean=whole.mean[..., None],
+        whitening=whitening.whitening,
+        scale=scale.scale,
+        is_usable=scale.is_usable,
+    )
+    kept = dict(
+        batch_projected=x.projected,
+        mean_variance=scale.mean_variance,
+        is_usable=scale.is_usable,
+        trace=whitening.trace,
+        normalized=whitening.normalized,
+        sample_share=whole.sample_share,
+        position_share=whole.position_share,
+        shift=whole.shift,
+    )
+    return statistics, kept
 
 
 def coefficients_backward(
-    saved: tuple[Optional[Tensor], ...],
-    length: int,
-    d_matrix: Tensor,
-    d_constant: Optional[Tensor],
-    inputs: Inputs,
-    options: Options,
-) -> tuple[Tensor, Tensor, tuple[Optional[Tensor], ...]]:
-    """Return K and k in dx = M^T dy + K x - k, and the gradients of ``inputs``, from the norm's weight on.
+    d_matrix: Tensor, length: int, saved: Saved, parameters: Parameters, settings: Settings
+) -> Gradients:
+    """Return the gradients from that of [M V | M b], (N, G, d, J + 1).
 
-    ``d_matrix`` and ``d_constant`` are the gradients of what z was multiplied with and of what was added; the other
-    arguments are those of the forward pass.
+    What comes through the moments of h is given as K and k in dh = K (h - m) + k: through the covariance of a sample
+    comes 2 / (L - 1) times its gradient, through that of the batch 2 / (N L) times it.
     """
-    saved, inputs, group = Saved(*saved), _converted(inputs, options.dtype), options.process_group
-    d_matrix, d_covariance, d_norm = d_matrix.to(options.dtype), None, (None, None)
-    if saved.a is not None:
-        d_matrix, d_a, d_b = fold_backward(saved, d_matrix, d_constant.to(options.dtype))
-    d_alpha, d_theta, d_log_gate, d_log_inverse_scale, d_whitening = mixture_backward(saved, inputs, d_matrix)
-    d_variance, d_gate_inputs = gate_backward(saved, inputs, d_log_gate)
-    if options.running is None:
-        # P and s come from all processes and serve all
-        d_whitening, d_log_inverse_scale = summed(group, d_whitening, d_log_inverse_scale)
-        d_variance = batch_scale_backward(saved, d_variance, d_log_inverse_scale)
-        d_covariance = whitening_backward(saved, options.num_iterations, d_whitening)
-    d_variance = d_variance.view_as(saved.sample_means)
-    if saved.a is not None:
-        # All processes compute the same of the covariance, and their gradients will be added
-        share = 1 if group is None else 1 / group.size()
-        d_a, d_variance, d_covariance = moments_backward(saved, d_a, d_variance, d_covariance, share)
-        d_norm = affine_backward(saved, inputs, d_a, d_b)
-    k_matrix, k_vector = through_statistics(saved, length, d_variance, d_covariance)
-    return k_matrix, k_vector, (*d_norm, d_alpha, d_theta, *d_gate_inputs)
+    p = _converted(parameters, settings.dtype)
+    moments_of = _moments_of(saved.means, saved.projected)
+    num_samples, num_blocks, _ = saved.means.shape
+    num_positions = max(num_samples * length, 1)
+    matrix = saved.affine[..., :-1]  # V
+    mixture = mix_backward(d_matrix, saved, p)
+    gates = gate_backward(mixture.log_gate, saved, p)
+    d_affine = mixture.affine  # (G, d, J + 1); what comes through the moments is added to it
+    d_variance = gates.variance
+    k_batch = []
+    d_mean = []  # gradients of the mean of h over the batch, (B, J)
+    if settings.trains:
+        trained = _statistics_backward(mixture, d_variance, saved, settings)
+        d_variance = trained.variance
+        weights = trained.covariance * (2 / num_positions)
+        through = covariances.covariance_of_x_backward(weights, matrix, saved.batch_projected, num_blocks)
+        d_affine[..., :-1].add_(through.matrix, alpha=num_positions)
+        k_batch.append(through.k_matrix)
+        if trained.mean is not None:
+            d_affine[..., :-1].addcmul_(trained.mean[..., None], saved.batch_mean[:, None])
+            d_affine[..., -1].add_(trained.mean)
+            d_mean.append(covariances.mean_backward(trained.mean, matrix, num_blocks))
+    # A sample of one position has no variance
+    weights = d_variance * (2 / (length - 1) if length > 1 else 0.0)
+    through = moments_of.of_x_backward(weights, matrix, saved.projected, num_blocks)
+    d_affine[..., :-1].add_(through.matrix, alpha=length - 1)
+    k_matrix = through.k_matrix
+    norm = affine_backward(d_affine, saved, p, settings)
+    d_weight = norm.conv_weight
+    if settings.norm_trains:
+        batch = BatchMoments(mean=saved.batch_mean, covariance=saved.batch_covariance)
+        weights = norm.variance * (2 / num_positions)
+        through = moments_of.of_z_backward(norm.mean, weights, batch, p.conv_weight)
+        k_batch.append(through.k_matrix)
+        d_mean.append(through.mean)
+        if d_weight is not None:
+            d_weight = d_weight.add(through.matrix, alpha=num_positions).addcmul_(norm.mean[:, None], batch.mean)
+    k_vector = None
+    if k_batch:
+        k_batch = sum(k_batch)
+        k_vector = moments_of.at_means(k_batch, saved.means - saved.batch_mean)
+        if d_mean:
+            k_vector = k_vector + sum(d_mean) / num_positions
+        k_matrix = k_matrix + k_batch
+    return Gradients(
+        k_matrix=k_matrix,
+        k_vector=k_vector,
+        parameters=Parameters(
+            theta=mixture.theta,
+            alpha=mixture.alpha,
+            conv_weight=d_weight,
+            norm_weight=norm.weight,
+            norm_bias=norm.bias,
+            fc1_weight=gates.fc1_weight,
+            ln_weight=gates.ln_weight,
+            ln_bias=gates.ln_bias,
+            fc2_weight=gates.fc2_weight,
+        ),
+    )
 
 
-def mixture(whitening: Tensor, gates: Tensor, scale: Tensor, inputs: Inputs) -> tuple[Tensor, ...]:
-    """Return lambda, gate / s, M of CE alone and M, which differ where CE has grown in by the share alpha.
+class _StatisticsGradients(NamedTuple):
+    """The gradients of this process's own moments of x."""
 
-    M = lambda P + (1 - lambda) diag(gate / s): both branches of CE as one matrix for each sample and group.
-    """
-    lambda_, identity = torch.sigmoid(inputs.theta), eye(whitening)
-    reweighting = (gates / scale).view(-1, *whitening.shape[:2])
-    ce_matrix = torch.lerp(reweighting[..., None] * identity, whitening, lambda_)
-    matrix = ce_matrix if inputs.alpha is None else torch.lerp(identity, ce_matrix, inputs.alpha)
-    return lambda_, reweighting, ce_matrix, matrix
+    variance: Tensor  # (N, C), what was given and what comes through s
+    covariance: Tensor  # (G, d, d), symmetric
+    mean: Optional[Tensor]  # (G, d); None for 0
 
 
-def mixture_backward(saved: Saved, inputs: Inputs, d_matrix: Tensor) -> tuple[Optional[Tensor], ...]:
-    """Return the gradients of alpha, theta, log(gate), (N, C), and in training of log(1 / s) and P, (G, d, d)."""
-    d_alpha = None
-    if inputs.alpha is not None:
-        d_alpha = (d_matrix * (saved.ce_matrix - eye(d_matrix))).sum().view(1)
-        d_matrix = inputs.alpha * d_matrix
-    summed_matrix = d_matrix.sum(0)
-    by_gate = d_matrix.diagonal(dim1=2, dim2=3) * saved.reweighting
-    towards_whitening = torch.dot(summed_matrix.flatten(), saved.whitening.flatten())
-    towards_reweighting = by_gate.sum().view(1)
-    d_theta = torch.ops.aten.sigmoid_backward(towards_whitening - towards_reweighting, saved.lambda_)
-    d_log_gate = _times_rest(by_gate.flatten(1), saved.lambda_)
-    if saved.normalized is None:
-        return d_alpha, d_theta, d_log_gate, None, None
-    return d_alpha, d_theta, d_log_gate, _times_rest(towards_reweighting, saved.lambda_), saved.lambda_ * summed_matrix
+def _statistics_backward(
+    mixture: MixtureGradients, d_variance: Tensor, saved: Saved, settings: Settings
+) -> _StatisticsGradients:
+    """Return the gradients of the moments of x from those of P, s and v. P and s serve all processes."""
+    d_whitening = matmul(mixture.decorrelation, saved.affine.mT)
+    d_whitening, d_log_inverse_scale = summed(settings.process_group, d_whitening, mixture.log_inverse_scale)
+    d_covariance = whiten_backward(d_whitening, settings.num_iterations, saved)
+    batch = merged_backward(d_covariance, saved)
+    return _StatisticsGradients(
+        variance=batch_scale_backward(d_variance, d_log_inverse_scale, saved),
+        covariance=batch.covariance,
+        mean=batch.mean,
+    )
 
 
-def _times_rest(tensor: Tensor, lambda_: Tensor) -> Tensor:
-    """Return (1 - lambda) times a tensor."""
-    return torch.addcmul(tensor, tensor, lambda_, value=-1)
+def _moments_of(means: Tensor, covariances_or_projected: Tensor) -> ModuleType:
+    """Return the module for covariances, or for variances, which have the shape of the means."""
+    return variances if covariances_or_projected.shape == means.shape else covariances
 
 
-def through_statistics(
-    saved: Saved, length: int, d_variance: Tensor, d_covariance: Optional[Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Return K, (N, G, d, d), or its diagonal, (N, G, d), in evaluation, and k, (N, G, d), in dx = M^T dy + K x - k.
-
-    Through a sample's own variance comes 2 dv / (L - 1) (x - m), through the covariance 2 dSigma / (N L) (x - mu); dv,
-    (N, G, d), and dSigma, (G, d, d), symmetric and None in evaluation, are those of z.
-    """
-    means, factor = saved.sample_means, 2 / max(length - 1, 1)
-    if d_covariance is None:
-        k_matrix = torch.zeros_like(d_variance) if length == 1 else d_variance * factor
-        return k_matrix, k_matrix * means
-    by_covariance = d_covariance * (2 / (len(means) * length if saved.positions is None else saved.positions))
-    at_mean = matmul(by_covariance, saved.z_mean[..., None])[..., 0]
-    k_matrix = by_covariance.expand(len(means), -1, -1, -1).contiguous()
-    if length == 1:  # x = m; K may be as large as 1 / eps, and 16-bit maps would not cancel K x and k
-        return torch.zeros_like(k_matrix), at_mean - matmul(k_matrix, means[..., None])[..., 0]
-    k_matrix.diagonal(dim1=2, dim2=3).add_(d_variance, alpha=factor)
-    return k_matrix, torch.addcmul(at_mean, d_variance, means, value=factor)
-
-
-def _converted(inputs: Inputs, dtype: torch.dtype) -> Inputs:
-    return Inputs(*(None if tensor is None else tensor.to(dtype) for tensor in inputs))
+def _converted(parameters: Parameters, dtype: torch.dtype) -> Parameters:
+    """Return the parameters in the dtype that is computed in, a convolution's weight as W, (C, J)."""
+    converted = Parameters._make(None if tensor is None else tensor.to(dtype) for tensor in parameters)
+    if converted.conv_weight is None:
+        return converted
+    return converted._replace(conv_weight=converted.conv_weight.flatten(1))

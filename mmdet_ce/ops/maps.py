@@ -1,15 +1,16 @@
 """The passes over a map, and the only place that knows how a map lies in memory.
 
-A map is (N, C, H, W), contiguous or channels_last. ``group`` prepares it, as N G matrices of d channels and L = H W
-positions; four passes then read or write it:
+The map h, (N, C, H, W), is contiguous or channels_last. ``group`` prepares it, as N B matrices of J channels and L = H W
+positions: its B channel groups, or all channels as one block where a 1x1 convolution is passed through. Four passes
+then read or write it:
 
-    reduce            m = mean(x), S = (x - m)(x - m)^T                    one reduction, by sample and group
-    apply             y = relu(M x + c + shortcut)                         one product
-    reduce_backward   dM = dy x^T, dc = sum(dy)                            one reduction
-    apply_backward    dx = M^T dy + K x - k                                two products; one where K is diagonal
+    moments           m, S / (L - 1), S = (h - m)(h - m)^T                     one reduction, by sample and block
+    apply             y = relu(F h + c + shortcut)                          one product
+    reduce_backward   dF = dy h^T, dc = sum(dy)                             one reduction
+    apply_backward    dh = F^T dy + K (h - m) + k                           two products; one where K is diagonal
 
-``triton_maps`` has the same functions for GPUs. Here, the passes are products of one batch of N G matrices. The groups
-of a channels_last map are copied for it, (N G, L, d), and the product is copied back.
+A 16-bit map on CUDA is read as h - m, with m subtracted in float32, and so is y = F (h - m) + (c + F m): no large
+numbers cancel after they were rounded to 16 bits.
 """
 
 from __future__ import annotations
@@ -20,12 +21,8 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from .. import compat
 from . import precision
-
-# S is kept in units of 2**20, since the plain sum of squares can overflow float32. A power of two costs no precision.
-SCATTER_UNIT = 2.0**20
-ROOT_UNIT = 2.0**10
+from .records import Moments
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -34,164 +31,198 @@ def is_channels_last(x: Tensor) -> bool:
 
 
 class GroupedMap(NamedTuple):
-    """A map as N G matrices."""
+    """A map as N B matrices."""
 
-    values: Tensor  # (N G, d, L); a view of the map where it can be
-    map: Tensor  # (N, C, H, W)
-    channels_last: bool  # then the values are the transpose of a contiguous (N G, L, d)
-    scratch: Optional[Tensor]  # of the shape of the values: x - m, and where the product goes afterwards
+    values: Tensor  # (N B, J, L), h or h - m; a view of the map where it can be
+    means: Tensor  # m, (N, B, J)
+    is_centered: bool  # whether the values are h - m
+    channels_last: bool  # then the values are the transpose of a contiguous (N B, L, J)
+    scratch: Optional[Tensor]  # of the shape of the values: h - m, and afterwards y
+
+
+def matrices(x: Tensor, block_size: int, channels_last: bool) -> Tensor:
+    """Return a map, (N, C, H, W), as (N B, J, L) matrices; where it is channels_last, as their transposes."""
+    n, channels, height, width = x.shape
+    num_blocks = channels // block_size
+    length = height * width
+    if not channels_last:
+        return x.reshape(n * num_blocks, block_size, length)
+    by_position = x.permute(0, 2, 3, 1).reshape(n, length, num_blocks, block_size)
+    return by_position.transpose(1, 2).reshape(n * num_blocks, length, block_size).mT
+
+
+def as_map(values: Tensor, like: Tensor, channels_last: bool) -> Tensor:
+    """Return (N B, J, L) matrices as a map with the samples, size and dtype of ``like``."""
+    n, _, height, width = like.shape
+    num_blocks = len(values) // max(n, 1)
+    block_size, length = values.shape[1:]
+    channels = num_blocks * block_size
+    values = values.to(like.dtype)
+    if not channels_last:
+        return values.view(n, channels, height, width)
+    by_position = values.mT.reshape(n, num_blocks, length, block_size).transpose(1, 2)
+    return by_position.reshape(n, height, width, channels).permute(0, 3, 1, 2)
 
 
 def group(
-    x: Tensor, group_size: int, dtype: torch.dtype, channels_last: Optional[bool] = None, with_scratch: bool = False
+    x: Tensor,
+    block_size: int,
+    dtype: torch.dtype,
+    channels_last: bool,
+    means: Optional[Tensor] = None,
+    with_scratch: bool = False,
 ) -> GroupedMap:
-    """Prepare a map, (N, C, H, W), for the passes, in groups of d channels.
+    """Prepare a map, (N, C, H, W), for the passes, in blocks of J channels.
 
     Args:
         x: If it is neither contiguous nor channels_last it is copied to the contiguous format.
-        group_size: Channels d of a group.
-        dtype: The dtype to compute in. A 16-bit map on CUDA stays as it is.
-        channels_last: Which format to bring it into; None for its own.
-        with_scratch: Whether ``reduce`` and ``apply`` follow, which share one buffer of the size of the map.
+        block_size: Channels J of a block.
+        dtype: The dtype to compute in. A 16-bit map on CUDA stays in 16 bits.
+        channels_last: Which format to bring it into.
+        means: The means m of each sample's positions, (N, B, J), if they are known.
+        with_scratch: Whether ``moments`` and ``apply`` share one buffer of the size of the map.
     """
-    (n, _, h, w), d = x.shape, group_size
-    if channels_last is None:
-        channels_last = is_channels_last(x)
-    converted = x if dtype == torch.float32 and precision.stays_16_bit(x) else x.to(dtype)
-    if channels_last:
-        by_position = converted.permute(0, 2, 3, 1).reshape(n, h * w, -1, d)
-        values = by_position.transpose(1, 2).reshape(-1, h * w, d).mT
+    is_centered = dtype == torch.float32 and precision.stays_16_bit(x)
+    values = matrices(x if is_centered else x.to(dtype), block_size, channels_last)
+    if means is None:
+        means = values.mean(2, dtype=dtype).view(x.shape[0], x.shape[1] // block_size, block_size)
+    if is_centered:
+        # The difference is taken in float32 and rounded to 16 bits in one operation
+        values = torch.sub(values, means.flatten(0, 1)[..., None], out=torch.empty_like(values))
+    # torch.compile takes no buffer that is transposed
+    has_scratch = with_scratch and not (channels_last or is_centered)
+    return GroupedMap(
+        values=values,
+        means=means,
+        is_centered=is_centered,
+        channels_last=channels_last,
+        scratch=torch.empty_like(values) if has_scratch else None,
+    )
+
+
+def moments(h: GroupedMap, with_covariance: bool) -> Moments:
+    """Return the means of each sample's positions, and the covariances about them or their diagonals.
+
+    Sums about zero would lose the variance of a channel whose mean is many deviations.
+    """
+    length = h.values.shape[2]
+    factor = 1 / max(length - 1, 1)  # a 1x1 map has no variance
+    flat_means = h.means.flatten(0, 1)[..., None]  # (N B, J, 1)
+    if h.values.is_cuda and not (h.is_centered or with_covariance):  # one read; on a CPU it takes ten times as long
+        covariances = h.values.var(2, correction=min(1, length - 1))
+        return Moments(h.means, covariances.view_as(h.means))
+    centered = h.values if h.is_centered else torch.sub(h.values, flat_means, out=h.scratch)
+    if with_covariance:
+        covariances = _covariances(centered, flat_means, factor)
+    elif h.channels_last:  # torch is slow at a norm over positions that are not side by side
+        covariances = centered.square().sum(2, dtype=h.means.dtype) * factor
     else:
-        values = converted.reshape(-1, d, h * w)
-    # torch.compile takes no buffer that is transposed, and a 16-bit one would round x - m
-    has_scratch = with_scratch and not channels_last and values.dtype == dtype
-    return GroupedMap(values, x, channels_last, torch.empty_like(values) if has_scratch else None)
+        covariances = torch.linalg.vector_norm(centered, dim=2, dtype=h.means.dtype).square() * factor
+    return Moments(h.means, covariances.view(*h.means.shape, *covariances.shape[2:]))
 
 
-def reduce(x: GroupedMap, with_covariance: bool) -> tuple[Tensor, Tensor]:
-    """Return the means m of each sample's positions and the products summed about them.
+def apply(h: GroupedMap, x: Tensor, matrix: Tensor, shortcut: Optional[Tensor] = None, relu: bool = False) -> Tensor:
+    """Return relu(F h + c + shortcut), in the dtype and memory format of the map ``x`` that h was made of.
 
-    They are m, (N, G, d), and the scatter S = (x - m)(x - m)^T, (N, G, d, d), or without covariance its diagonal, in
-    units of ``SCATTER_UNIT``. Sums about zero instead of m would lose the variance of a channel whose mean is many
-    deviations. They are good enough for 16-bit maps, whose own rounding is larger. (bfloat16 maps on CUDA can overflow
-    from magnitudes of 1e16 on.)
+    ``matrix`` is [F | c], (N B, R, J + 1), with R rows for each block of h. The shortcut, of the shape of the result,
+    may be None.
     """
-    values, length = x.values, x.values.shape[2]
-    if values.element_size() == 2 and not with_covariance and _reads_once(values):
-        moments = torch.batch_norm_update_stats(values.reshape(1, -1, length), None, None, 0)
-        means, variance = (t.view(values.shape[:2]) for t in moments)
-        scatter = variance * (length / SCATTER_UNIT)
-    elif values.element_size() == 2:
-        means = values.mean(2, dtype=torch.float32)
-        if with_covariance:
-            # the means will be subtracted: an older torch, which would round the sums, is given float32
-            exact = values if _bmm_sums_in_float32(values.device, values.dtype) else values.float()
-            squares, left, right = _sum_of_products(exact, exact) / SCATTER_UNIT, means[:, :, None], means[:, None]
-        else:
-            root = torch.linalg.vector_norm(values, dim=2, dtype=torch.float32) / ROOT_UNIT
-            squares, left, right = root.square(), means, means
-        scatter = torch.addcmul(squares, left, right, value=-length / SCATTER_UNIT)
-        scatter = scatter if with_covariance else scatter.clamp_(min=0)
-    elif values.is_cuda and not with_covariance:  # one read; on a CPU it takes ten times as long
-        variance, means = torch.var_mean(values, 2, correction=0)
-        scatter = variance * (length / SCATTER_UNIT)
+    factor = matrix[..., :-1]
+    added = matrix[..., -1:]
+    out = h.scratch
+    if h.is_centered:
+        added = torch.baddbmm(added, factor, h.means.flatten(0, 1)[..., None])
+    factor = factor.to(h.values.dtype)
+    if shortcut is None:
+        added = added.to(h.values.dtype)
     else:
-        means = values.mean(2)
-        centered = torch.add(means[..., None] / -ROOT_UNIT, values, alpha=1 / ROOT_UNIT, out=x.scratch)
-        if with_covariance:
-            scatter = torch.bmm(centered, centered.mT)
-        elif x.channels_last:  # torch is slow at a norm over positions that are not side by side
-            scatter = centered.square_().sum(2)
-        else:
-            scatter = torch.linalg.vector_norm(centered, dim=2).square()
-    return _by_sample(means, x), _by_sample(scatter, x)
-
-
-def apply(
-    x: GroupedMap, matrix: Tensor, constant: Optional[Tensor], residual: Optional[Tensor] = None, relu: bool = False
-) -> Tensor:
-    """Return relu(M x + c + residual), of the shape, dtype and memory format of the map.
-
-    M is (N, G, d, d) and c (N, G, d); c and the shortcut, of the shape of the map, may be None.
-    """
-    matrix, constant = (None if t is None else t.flatten(0, 1).to(x.values.dtype) for t in (matrix, constant))
-    out = _as_map(_product(matrix, x.values, constant, x), x)
-    if residual is not None:
-        out += residual
-    return out.relu_() if relu else out
+        shortcut = matrices(shortcut, factor.shape[1], h.channels_last)
+        if out is None or out.shape != shortcut.shape:
+            out = torch.empty_like(shortcut, dtype=h.values.dtype)
+        added = torch.add(shortcut, added, out=out)  # in float32, where the shortcut has 16 bits
+    result = as_map(_multiply(factor, h.values, h.channels_last, added, out), x, h.channels_last)
+    return result.relu_() if relu else result
 
 
 def reduce_backward(
-    grad: Tensor, x: GroupedMap, out: Optional[Tensor] = None, with_constant: bool = True
-) -> tuple[Tensor, Optional[Tensor], Tensor, GroupedMap]:
-    """Return dM = dy x^T, (N, G, d, d), dc = sum(dy), (N, G, d), dy, and dy prepared for ``apply_backward``.
+    grad: Tensor, h: GroupedMap, num_rows: int, out: Optional[Tensor] = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return [dF | dc], (N B, R, J + 1), dF = dy h^T and dc = sum(dy), then dy as a map and as matrices, (N B, R, L).
 
-    ``grad`` is the gradient of what ``apply`` returned; dy that before the ReLU, whose output ``out`` was, and of the
-    shortcut.
+    ``grad`` is the gradient of what ``apply`` returned; dy is that before the ReLU, whose output ``out`` was, and so of
+    the shortcut. ``num_rows`` is R.
     """
     dy_map = grad if out is None else torch.ops.aten.threshold_backward(grad, out, 0)
-    dy = group(dy_map, x.values.shape[1], x.values.dtype, x.channels_last)
-    d_matrix = _sum_of_products(dy.values, x.values)
-    d_constant = _by_sample(dy.values.sum(2, dtype=d_matrix.dtype), x) if with_constant else None
-    return _by_sample(d_matrix, x), d_constant, dy_map, dy
+    dy = matrices(dy_map.to(h.values.dtype), num_rows, h.channels_last)
+    d_constant = dy.sum(2, keepdim=True, dtype=h.means.dtype)
+    d_factor = _sums_of_products(dy, h.values).to(h.means.dtype)
+    if h.is_centered:
+        d_factor = torch.baddbmm(d_factor, d_constant, h.means.flatten(0, 1)[:, None])
+    return torch.cat([d_factor, d_constant], 2), dy_map, dy
 
 
-def apply_backward(dy: GroupedMap, x: GroupedMap, matrix: Tensor, k_matrix: Tensor, k_vector: Tensor) -> Tensor:
-    """Return dx = M^T dy + K x - k, of the shape, dtype and memory format of the map.
+def apply_backward(
+    dy: Tensor, h: GroupedMap, x: Tensor, matrix: Tensor, k_matrix: Tensor, k_vector: Optional[Tensor]
+) -> Tensor:
+    """Return dh = F^T dy + K (h - m) + k, in the shape, dtype and memory format of the map ``x``.
 
-    ``dy`` is the gradient before the ReLU. K is (N, G, d, d), symmetric, or where it is diagonal its diagonal.
+    K is (N B, J, J), symmetric, or where it is diagonal its diagonal, (N B, J). k is (N B, J), or None for 0.
     """
-    matrix, k_matrix, k_vector = (t.flatten(0, 1).to(x.values.dtype) for t in (matrix, k_matrix, -k_vector))
-    on_cuda = x.values.is_cuda or x.values.element_size() == 2
-    if k_matrix.dim() == 2 and not on_cuda:  # there addcmul is slow at broadcasting what it adds to
-        return _as_map(_product(matrix.mT, dy.values, k_vector, x).addcmul_(k_matrix[..., None], x.values), x)
-    if k_matrix.dim() == 2:
-        dx = torch.addcmul(k_vector[..., None], k_matrix[..., None], x.values)
+    added = None if k_vector is None else k_vector[..., None]
+    factor = matrix[..., :-1].to(h.values.dtype).mT
+    is_diagonal = k_matrix.dim() == 2
+    k_matrix = k_matrix[..., None] if is_diagonal else k_matrix
+    if not h.is_centered:
+        means = h.means.flatten(0, 1)[..., None]
+        if is_diagonal:
+            added = -k_matrix * means if added is None else torch.addcmul(added, k_matrix, means, value=-1)
+        elif added is None:
+            added = torch.baddbmm(means, k_matrix, means, beta=0, alpha=-1)
+        else:
+            added = torch.baddbmm(added, k_matrix, means, alpha=-1)
+    k_matrix = k_matrix.to(h.values.dtype)
+    added = None if added is None else added.to(h.values.dtype)
+    if not is_diagonal:
+        dh = _multiply(k_matrix, h.values, h.channels_last, added)
+    elif added is None:
+        dh = k_matrix * h.values
     else:
-        dx = _product(k_matrix, x.values, k_vector, x)
-    if x.channels_last:
-        dx.mT.baddbmm_(dy.values.mT, matrix)
-    else:
-        dx.baddbmm_(matrix.mT, dy.values)
-    return _as_map(dx, x)
+        dh = torch.addcmul(added, k_matrix, h.values)
+    return as_map(_multiply(factor, dy, h.channels_last, dh, dh), x, h.channels_last)
 
 
-def _product(matrix: Tensor, values: Tensor, constant: Optional[Tensor], x: GroupedMap) -> Tensor:
-    """Return M v + c, (N G, d, L), in the scratch of ``x`` if it has one.
+def _multiply(
+    factor: Tensor, values: Tensor, channels_last: bool, added: Optional[Tensor], out: Optional[Tensor] = None
+) -> Tensor:
+    """Return added + factor values, (N B, R, L), in ``out`` if there is one.
 
-    Of a channels_last map the transpose is contiguous: torch would multiply group by group into strides, which takes
+    Of a channels_last map the transpose is contiguous: torch would multiply block by block into strides, which takes
     longer than a copy of the product does.
     """
-    left, right, constant = matrix, values, None if constant is None else constant[..., None]
-    if x.channels_last:
-        left, right, constant = right.mT, left.mT, None if constant is None else constant.mT
-    if constant is None or right.is_cuda:  # baddbmm would write the constant out in full first
-        product = torch.bmm(left, right, out=x.scratch)
-        if constant is not None:
-            product.add_(constant)
-    else:
-        product = torch.baddbmm(constant, left, right, out=x.scratch)
-    return product.mT if x.channels_last else product
+    left, right = (values.mT, factor.mT) if channels_last else (factor, values)
+    if channels_last:
+        added = None if added is None else added.mT
+        out = None if out is None else out.mT
+    product = torch.bmm(left, right) if added is None else torch.baddbmm(added, left, right, out=out)
+    return product.mT if channels_last else product
 
 
-def _sum_of_products(left: Tensor, right: Tensor) -> Tensor:
-    """Return left right^T, summed over positions, in float32 at least.
+def _covariances(centered: Tensor, means: Tensor, factor: float) -> Tensor:
+    """Return centered centered^T times a factor, (N B, J, J), in float32 at least."""
+    if centered.element_size() > 2:
+        # With beta = 0 it does not matter what is added, and the factor costs no operation
+        return torch.baddbmm(means, centered, centered.mT, beta=0, alpha=factor)
+    if _bmm_sums_in_float32(centered.device, centered.dtype):
+        return torch.bmm(centered, centered.mT, out_dtype=torch.float32) * factor
+    centered = centered.float()
+    return torch.bmm(centered, centered.mT) * factor
 
-    An older torch rounds the sums of 16-bit maps to 16 bits, as those of a convolution's weights are.
-    """
+
+def _sums_of_products(left: Tensor, right: Tensor) -> Tensor:
+    """Return left right^T, in float32 at least; an older torch rounds to 16 bits, as the gradient of a convolution."""
     if left.element_size() == 2 and _bmm_sums_in_float32(left.device, left.dtype):
         return torch.bmm(left, right.mT, out_dtype=torch.float32)
-    sums = torch.bmm(left, right.mT)
-    return sums.float() if left.element_size() == 2 else sums
-
-
-def _reads_once(values: Tensor) -> bool:
-    """Return whether BatchNorm's own function gives means and variances, in float32, from one read of 16-bit values.
-
-    ``torch.var_mean`` would round both to 16 bits. On a CPU this rounds too; fake tensors and ONNX lack it.
-    """
-    is_recorded = precision.is_tracing() or compat.is_compiling()
-    return values.is_cuda and values.is_contiguous() and type(values) is Tensor and not is_recorded
+    return torch.bmm(left, right.mT)
 
 
 @torch.compiler.assume_constant_result
@@ -203,17 +234,3 @@ def _bmm_sums_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
         return torch.bmm(matrix, matrix, out_dtype=torch.float32).dtype == torch.float32
     except (TypeError, RuntimeError):
         return False
-
-
-def _by_sample(tensor: Tensor, x: GroupedMap) -> Tensor:
-    """Return what was computed of each matrix of a map, (N G, ...), as (N, G, ...)."""
-    return tensor.view(x.map.shape[0], -1, *tensor.shape[1:])
-
-
-def _as_map(values: Tensor, like: GroupedMap) -> Tensor:
-    """Return (N G, d, L) matrices in the shape, dtype and memory format of a map."""
-    (n, c, h, w), (_, d, length) = like.map.shape, values.shape
-    if not like.channels_last:
-        return values.view(n, c, h, w).to(like.map.dtype)
-    by_position = values.mT.to(like.map.dtype).view(n, -1, length, d).transpose(1, 2)
-    return by_position.reshape(n, h, w, c).permute(0, 3, 1, 2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -9,16 +11,24 @@ from .precision import add_matmul, matmul
 from .records import Saved
 
 
-def whitening(covariance: Tensor, eps: float, num_iterations: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return trace(Sigma), (G, 1, 1), Sigma_N and P_T, (G, d, d), of Sigma = covariance + eps I."""
+class Whitening(NamedTuple):
+    """The whitening matrix of each group; the fields are those of ``Saved``."""
+
+    trace: Tensor  # (G, 1, 1), of Sigma
+    normalized: Tensor  # (G, d, d), Sigma_N = Sigma / trace
+    whitening: Tensor  # (G, d, d), P_T
+
+
+def whiten(covariance: Tensor, eps: float, num_iterations: int) -> Whitening:
+    """Return P_T of Sigma = covariance + eps I, (G, d, d)."""
     sigma = covariance.clone()
     sigma.diagonal(dim1=1, dim2=2).add_(eps)
     trace = sigma.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
     normalized = sigma / trace
-    return trace, normalized, inverse_sqrt_newton(normalized, num_iterations)
+    return Whitening(trace=trace, normalized=normalized, whitening=inverse_sqrt_newton(normalized, num_iterations))
 
 
-def whitening_backward(saved: Saved, num_iterations: int, d_whitening: Tensor) -> Tensor:
+def whiten_backward(d_whitening: Tensor, num_iterations: int, saved: Saved) -> Tensor:
     """Return the gradient of the covariance, (G, d, d), symmetric, from that of P_T.
 
     Through Sigma_N = Sigma / trace(Sigma): dSigma = (dSigma_N - <dSigma_N, Sigma_N> I) / trace(Sigma).
@@ -37,8 +47,10 @@ def inverse_sqrt_newton(normalized: Tensor, num_iterations: int) -> Tensor:
     some ten steps. Evaluation uses the stored P_T; a training that goes on with another T changes
     the network.
     """
-    identity, y = eye(normalized), normalized  # P_0 and Y_0 = P_0 Sigma_N
-    step = p = torch.lerp(identity, y, -0.5)  # 1.5 I - 0.5 Sigma_N, the first step from P_0 = I
+    identity = torch.eye(normalized.shape[-1], dtype=normalized.dtype, device=normalized.device)  # P_0
+    y = normalized  # Y_0 = P_0 Sigma_N
+    p = torch.lerp(identity, y, -0.5)  # 1.5 I - 0.5 Sigma_N, the first step
+    step = p
     for _ in range(num_iterations - 1):
         y = matmul(y, step)
         step = add_matmul(identity, p, y, beta=1.5, alpha=-0.5)
@@ -58,11 +70,8 @@ def inverse_sqrt_newton_derivative(normalized: Tensor, direction: Tensor, num_it
     """
     d = normalized.shape[-1]
     block = normalized.new_zeros(len(normalized), 2 * d, 2 * d)
-    block[:, :d, :d] = block[:, d:, d:] = normalized
-    block[:, :d, d:] = torch.lerp(direction, direction.transpose(1, 2), 0.5)
+    block[:, :d, :d] = normalized
+    block[:, d:, d:] = normalized
+    block[:, :d, d:] = torch.lerp(direction, direction.mT, 0.5)
     return inverse_sqrt_newton(block, num_iterations)[:, :d, d:]
 
-
-def eye(like: Tensor) -> Tensor:
-    """Return I, (d, d), of the size, dtype and device of (..., d, d)."""
-    return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)

@@ -1,22 +1,22 @@
 """Channel Equilibrium in one matrix product: the form that trains.
 
-Everything that CE does to a feature map is linear in it once its statistics are known, CE(x_n) = M_n x_n by channel
-group, and every statistic follows from two reductions, each sample's means m and its scatter S = (x - m)(x - m)^T. So
-the map is reduced, then multiplied once; what lies between are small matrices:
+Everything that CE does to a map x is linear in it once its statistics are known, CE(x_n) = M_n x_n by channel group. So
+is the norm before it, x = a z + b, and a 1x1 convolution before that, z = W h; and every statistic follows from the
+means and covariances of h. So h is reduced, then multiplied once; what lies between are small matrices:
 
-    m, S = reduce(x)                              a reduction
-    m, S -> v, Sigma, s -> gate, P_T -> M, c      small matrices
-    y = relu(M x + c + shortcut)                  a product, with the end of a residual block in it
+    m, S = reduce(h)                                 a reduction
+    m, S -> [V | b] -> v, Sigma, s -> gate, P_T -> M   small matrices; x = V h + b
+    y = relu(M V h + M b + shortcut)                 a product, with the end of a residual block in it
 
-The backward pass keeps nothing of the size of x but x and, with a ReLU, y:
+Without the convolution h = z, and without the norm h = x. z and x themselves are never made. The backward pass keeps
+nothing of the size of a map but h and, with a ReLU, y:
 
-    dy -> 0 where y = 0                           the gradient of the shortcut
-    dM, dc = dy x^T, sum(dy)                      a reduction
-    dM, dc -> dparameters, dv, dSigma -> K, k     small matrices
-    dx = M^T dy + K x - k                         two products; one in evaluation, where K is diagonal
+    dy -> 0 where y = 0                              the gradient of the shortcut
+    d[M V | M b] = dy h^T, sum(dy)                   a reduction
+    d[M V | M b] -> dparameters, dv, dSigma -> K, k  small matrices
+    dh = (M V)^T dy + K (h - m) + k                  two products; one where K is diagonal
 
-A norm in evaluation is an affine map x = a z + b, so CE after it is M (a z + b): the moments of x follow from those of
-z, and only z is kept. docs/channel_equilibrium.md derives it all.
+docs/channel_equilibrium.md derives it all.
 """
 
 from __future__ import annotations
@@ -29,27 +29,25 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from .. import compat
-from . import dispatch, precision
-from .maps import is_channels_last
-from .records import Coefficients, Inputs, Options
+from . import maps, precision
+from .coefficients import coefficients, coefficients_backward
+from .records import Coefficients, Parameters, Saved, Settings, Statistics
 
 
 class CEOutput(NamedTuple):
-    """The output of Channel Equilibrium and the statistics it was computed with."""
+    """The output of Channel Equilibrium and the statistics of the batch that it was computed with."""
 
     out: Tensor  # (N, C, H, W)
-    mean: Optional[Tensor]  # (G, d, 1), mu of the batch; None in evaluation
-    whitening: Tensor  # (G, d, d), P_T of the batch, or the running one in evaluation
-    scale: Tensor  # (1,), s of the batch, or the running one in evaluation
+    statistics: Statistics
 
 
 def channel_equilibrium(
     x: Tensor,
     theta: Tensor,
-    fc1_weight: Optional[Tensor],
-    ln_weight: Optional[Tensor],
-    ln_bias: Optional[Tensor],
-    fc2_weight: Optional[Tensor],
+    fc1_weight: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    fc2_weight: Tensor,
     *,
     group_size: int,
     num_iterations: int = 3,
@@ -57,20 +55,20 @@ def channel_equilibrium(
     running_whitening: Optional[Tensor] = None,
     running_scale: Optional[Tensor] = None,
     alpha: Optional[Tensor] = None,
-    logits: Optional[Tensor] = None,
+    conv_weight: Optional[Tensor] = None,
     norm: Optional[nn.BatchNorm2d] = None,
-    residual: Optional[Tensor] = None,
+    shortcut: Optional[Tensor] = None,
     relu: bool = False,
     process_group: Optional[dist.ProcessGroup] = None,
 ) -> CEOutput:
-    """Apply Channel Equilibrium to ``x``: ``channel_equilibrium_reference``, fast.
+    """Return relu(CE(norm(conv(x))) + shortcut), fast; ``channel_equilibrium_reference`` is the same, plainly.
 
-    Training form unless both running values are given. Statistics, iteration and gate are computed in float32 at least,
-    under autocast too, and in float64 where a training takes more than 8 Newton steps.
+    Statistics, iteration and gate are computed in float32 at least, under autocast too, and in float64 where a training
+    takes more than 8 Newton steps.
 
     Args:
-        x: (N, C, H, W), or the input z of the norm where ``norm`` is given. Input that is neither contiguous nor
-            channels_last is copied to the contiguous format first.
+        x: (N, C, H, W), or the input of the norm or of the convolution where these are given. Input that is neither
+            contiguous nor channels_last is copied to the contiguous format first.
         theta: (1,), lambda is its sigmoid.
         fc1_weight: (C / r, C), W1 of the gate.
         ln_weight: (C / r,), the scale of the gate's LayerNorm.
@@ -79,50 +77,82 @@ def channel_equilibrium(
         group_size: Channels d of a decorrelation group; divides C.
         num_iterations: Newton steps T.
         eps: Ridge added to the covariance.
-        running_whitening: (G, d, d), P_T of the evaluation form.
-        running_scale: (1,), s of the evaluation form.
+        running_whitening: (G, d, d), P_T of the evaluation form; None for the training form.
+        running_scale: (1,), s of the evaluation form; None for the training form.
         alpha: (1,), the share of CE in the output, the rest being the input; None for CE alone.
-        logits: (N, C), of the gate, which autograd leads back to x; None to compute them from the four weights.
-        norm: The norm before CE, in evaluation, folded into M.
-        residual: The shortcut of a residual block, added to the output; of the shape of ``x``.
+        conv_weight: (C, C_in, 1, 1), of a 1x1 convolution before the norm; then there is a norm.
+        norm: The norm before CE. In training it uses the statistics of this process's batch, and its running values
+            move.
+        shortcut: The shortcut of a residual block, added to the output, whose shape it has.
         relu: Whether ReLU comes last, as in a residual block.
-        process_group: The processes whose samples are the batch in training, as in SyncBN; None for this one alone.
+        process_group: The processes whose samples are CE's batch in training, as in SyncBN; None for this one alone.
             Every process must call the function, and run its backward pass, equally often.
 
     Returns:
         The output, like ``x`` and differentiable once, and the statistics it was computed with, constants.
+
+    Raises:
+        ValueError: If one of the running values is given without the other.
     """
-    training = running_whitening is None or running_scale is None
-    group, running = (process_group, None) if training else (None, (running_whitening, running_scale))
-    dtype = precision.dtype_of(x, num_iterations if training else 0)
-    norm_eps = 0.0 if norm is None else norm.eps
-    options = Options(group_size, num_iterations, eps, norm_eps, running, group, map_dtype=dtype, dtype=dtype)
-    of_norm = (None,) * 4 if norm is None else (norm.running_mean, norm.running_var, norm.weight, norm.bias)
-    of_gate = (fc1_weight, ln_weight, ln_bias, fc2_weight, *(() if logits is None else (logits,)))
-    inputs = (*of_norm, alpha, theta, *of_gate)
-    form = dispatch.choose(x, residual, relu, Inputs(*inputs), options)
-    if norm is not None and form is dispatch.TORCH and precision.stays_16_bit(x):
-        # Folded, M z and c would be rounded to 16 bits, and they cancel where the channels of z have means
-        x, options, inputs = norm(x), options._replace(norm_eps=0.0), (*(None,) * 4, alpha, theta, *of_gate)
+    if (running_whitening is None) != (running_scale is None):
+        raise ValueError('the evaluation form needs both running_whitening and running_scale; got one of them')
+    trains = running_whitening is None
+    settings = Settings(
+        group_size=group_size,
+        num_iterations=num_iterations,
+        eps=eps,
+        running_whitening=running_whitening,
+        running_scale=running_scale,
+        norm=norm,
+        process_group=process_group if trains else None,
+        dtype=precision.dtype_of(x, num_iterations if trains else 0),
+    )
+    parameters = Parameters(
+        theta=theta,
+        alpha=alpha,
+        conv_weight=conv_weight,
+        norm_weight=None if norm is None else norm.weight,
+        norm_bias=None if norm is None else norm.bias,
+        fc1_weight=fc1_weight,
+        ln_weight=ln_weight,
+        ln_bias=ln_bias,
+        fc2_weight=fc2_weight,
+    )
     with compat.without_autocast(x.device.type):
-        if precision.is_tracing():  # the same, in operations that a trace records
-            out, c, _ = _forward(x, residual, relu, form, options, Inputs(*inputs))
-            # Copied: adding to a view in place would put reshapes around all that follows in an exported graph
-            out = out.clone(memory_format=torch.channels_last if is_channels_last(x) else torch.contiguous_format)
-            statistics = [None if t is None else t.detach() for t in (c.mean, c.whitening, c.scale)]
-        else:
-            out, *statistics = _ChannelEquilibrium.apply(x, residual, relu, form, options, *inputs)
-    return CEOutput(out, *statistics) if training else CEOutput(out, None, running_whitening, running_scale)
+        if not precision.is_tracing():
+            out, *statistics = _ChannelEquilibrium.apply(x, shortcut, relu, settings, *parameters)
+            return CEOutput(out=out, statistics=Statistics._make(statistics))
+        # The same, in operations that a trace records
+        out, c = _forward(x, shortcut, relu, settings, parameters)
+        # Copied: adding to a view in place would put reshapes around all that follows in an exported graph
+        out = out.clone(memory_format=torch.channels_last if maps.is_channels_last(x) else torch.contiguous_format)
+        return CEOutput(out=out, statistics=c.statistics)
 
 
 def _forward(
-    x: Tensor, residual: Optional[Tensor], relu: bool, form: dispatch.Forms, options: Options, inputs: Inputs
-) -> tuple[Tensor, Coefficients, bool]:
-    """Return the output, M with its statistics, and whether the map is channels_last."""
-    z = form.maps.group(x, options.group_size, options.map_dtype, with_scratch=not precision.is_tracing())
-    sample_means, scatter = form.maps.reduce(z, options.running is None)
-    c = form.coefficients.coefficients(sample_means, scatter, x.shape[2] * x.shape[3], inputs, options)
-    return form.maps.apply(z, c.matrix, c.constant, residual, relu), c, z.channels_last
+    x: Tensor, shortcut: Optional[Tensor], relu: bool, settings: Settings, parameters: Parameters
+) -> tuple[Tensor, Coefficients]:
+    """Return the output, and M V with its statistics."""
+    h = maps.group(
+        x,
+        _block_size(x, settings, parameters),
+        settings.dtype,
+        maps.is_channels_last(x),
+        with_scratch=not precision.is_tracing(),
+    )
+    needs_covariance = settings.trains or parameters.conv_weight is not None
+    c = coefficients(maps.moments(h, needs_covariance), x.shape[2] * x.shape[3], parameters, settings)
+    return maps.apply(h, x, _by_block(c.matrix, len(h.values)), shortcut, relu), c
+
+
+def _block_size(x: Tensor, settings: Settings, parameters: Parameters) -> int:
+    """Return the channels of a block of h: all that go into a convolution, or a group."""
+    return settings.group_size if parameters.conv_weight is None else x.shape[1]
+
+
+def _by_block(tensor: Tensor, num_matrices: int) -> Tensor:
+    """Return (N, G, d, J + 1) as (N B, R, J + 1): the rows that belong to each block of h."""
+    return tensor.reshape(num_matrices, -1, tensor.shape[-1])
 
 
 class _ChannelEquilibrium(torch.autograd.Function):
@@ -132,37 +162,52 @@ class _ChannelEquilibrium(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx,
         x: Tensor,
-        residual: Optional[Tensor],
+        shortcut: Optional[Tensor],
         relu: bool,
-        form: dispatch.Forms,
-        options: Options,
-        *inputs: Optional[Tensor],
+        settings: Settings,
+        *parameters: Optional[Tensor],
     ) -> tuple[Optional[Tensor], ...]:
-        # the layout too, since torch.compile allows no look at one in a backward pass
-        out, c, ctx.channels_last = _forward(x, residual, relu, form, options, Inputs(*inputs))
-        ctx.form, ctx.options, ctx.num_inputs = form, options, len(inputs)
-        ctx.save_for_backward(x, out if relu else None, c.matrix, *inputs, *c.saved)
-        statistics = (c.mean, c.whitening, c.scale)
-        ctx.mark_non_differentiable(*(t for t in statistics if t is not None))
+        parameters = Parameters._make(parameters)
+        out, c = _forward(x, shortcut, relu, settings, parameters)
+        ctx.settings = settings
+        # torch.compile allows no look at the layout in a backward pass
+        ctx.channels_last = maps.is_channels_last(x)
+        ctx.num_parameters = len(parameters)
+        ctx.save_for_backward(x, out if relu else None, *parameters, *c.saved)
+        ctx.mark_non_differentiable(*(t for t in c.statistics if t is not None))
         ctx.set_materialize_grads(False)  # for the statistics autograd would fill tensors with zeros
         # Detached: autograd forbids changing a function's output in place where it is a view.
-        return out.detach(), *statistics
+        return out.detach(), *c.statistics
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Optional[Tensor], *_: Optional[Tensor]) -> tuple[Optional[Tensor], ...]:
-        x, out, matrix, *tensors = ctx.saved_tensors
-        inputs, saved = Inputs(*tensors[: ctx.num_inputs]), tuple(tensors[ctx.num_inputs :])
-        maps, coefficients = ctx.form
-        grad = torch.zeros_like(x) if grad is None else grad  # another process may wait for this one's sums
+        x, out, *tensors = ctx.saved_tensors
+        parameters = Parameters._make(tensors[: ctx.num_parameters])
+        saved = Saved._make(tensors[ctx.num_parameters :])
+        settings = ctx.settings
+        length = x.shape[2] * x.shape[3]
+        if grad is None:  # another process may wait for this one's sums
+            n, num_groups, group_size, _ = saved.matrix.shape
+            grad = x.new_zeros(n, num_groups * group_size, *x.shape[2:])
         with compat.without_autocast(x.device.type):
-            z = maps.group(x, ctx.options.group_size, ctx.options.map_dtype, ctx.channels_last)
-            has_norm = inputs.norm_running_mean is not None
-            d_matrix, d_constant, d_residual, dy = maps.reduce_backward(grad, z, out, has_norm)
-            k_matrix, k_vector, d_inputs = coefficients.coefficients_backward(
-                saved, x.shape[2] * x.shape[3], d_matrix, d_constant, inputs, ctx.options
-            )
-            d_x = maps.apply_backward(dy, z, matrix, k_matrix, k_vector) if ctx.needs_input_grad[0] else None
+            block_size = _block_size(x, settings, parameters)
+            h = maps.group(x, block_size, settings.dtype, ctx.channels_last, means=saved.means)
+            matrix = _by_block(saved.matrix, len(h.values))
+            d_matrix, d_shortcut, dy = maps.reduce_backward(grad, h, matrix.shape[1], out)
+            gradients = coefficients_backward(d_matrix.view_as(saved.matrix), length, saved, parameters, settings)
+            d_x = None
+            if ctx.needs_input_grad[0]:
+                k_matrix = gradients.k_matrix.flatten(0, 1)
+                k_vector = None if gradients.k_vector is None else gradients.k_vector.reshape(-1, block_size)
+                d_x = maps.apply_backward(dy, h, x, matrix, k_matrix, k_vector)
         if not ctx.needs_input_grad[1]:
-            d_residual = None
-        return d_x, d_residual, None, None, None, None, None, *d_inputs
+            d_shortcut = None
+        return d_x, d_shortcut, None, None, *_shaped(gradients.parameters, parameters)
+
+
+def _shaped(gradients: Parameters, parameters: Parameters) -> Parameters:
+    """Return the gradients in the shapes of the parameters: that of a convolution has two axes more."""
+    if gradients.conv_weight is None:
+        return gradients
+    return gradients._replace(conv_weight=gradients.conv_weight.view_as(parameters.conv_weight))

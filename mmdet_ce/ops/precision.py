@@ -37,14 +37,22 @@ def stays_16_bit(x: Tensor) -> bool:
 
 def multiplies_in_tf32(x: Tensor) -> bool:
     """Return whether a product of float32 tensors like ``x`` may be rounded to TF32, as the user can allow on CUDA."""
-    return x.is_cuda and compat.is_tf32_allowed()
+    return x.is_cuda and x.dtype == torch.float32 and compat.is_tf32_allowed()
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Return the product of small matrices in IEEE precision: TF32 would cost up to 3e-2 of the output (T = 8)."""
-    if multiplies_in_tf32(a):
-        return (a[..., None] * b[..., None, :, :]).sum(-2)
-    return a @ b
+    """Return the product of small matrices to float32's digits: TF32 would cost up to 3e-2 of the output (T = 8)."""
+    if not multiplies_in_tf32(a):
+        return a @ b
+    a_high, a_low = _split(a)
+    b_high, b_low = _split(b)
+    return a_high @ b_high + (a_high @ b_low + a_low @ b_high)
+
+
+def _split(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return two tensors that sum up to ``x``, the first of which TF32 holds exactly."""
+    high = (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
+    return high, x - high
 
 
 def add_matmul(added: Tensor, a: Tensor, b: Tensor, *, beta: float, alpha: float) -> Tensor:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import NamedTuple, Optional
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 
 class ReferenceOutput(NamedTuple):
@@ -34,11 +35,20 @@ def channel_equilibrium_reference(
     running_whitening: Optional[Tensor] = None,
     running_scale: Optional[Tensor] = None,
     alpha: Optional[Tensor] = None,
+    conv_weight: Optional[Tensor] = None,
+    norm: Optional[nn.BatchNorm2d] = None,
+    shortcut: Optional[Tensor] = None,
+    relu: bool = False,
 ) -> ReferenceOutput:
-    """Apply Channel Equilibrium to ``x``, equation by equation as in the paper.
+    """Return relu(CE(norm(conv(x))) + shortcut), CE equation by equation as in the paper.
 
-    Arguments and results are those of ``channel_equilibrium``. Differentiable, in the dtype of ``x`` (use float64).
+    Arguments and results are those of ``channel_equilibrium``, but that a norm moves its own running values.
+    Differentiable, in the dtype of ``x`` (use float64).
     """
+    if conv_weight is not None:
+        x = F.conv2d(x, conv_weight)
+    if norm is not None:
+        x = norm(x)
     n, c, h, w = x.shape
     d, length = group_size, h * w
     evaluation = running_whitening is not None and running_scale is not None
@@ -83,4 +93,6 @@ def channel_equilibrium_reference(
     out = lam * decorrelated + (1 - lam) * reweighted
     if alpha is not None:
         out = (1 - alpha) * x + alpha * out
-    return ReferenceOutput(out, mean, whitening, scale)
+    if shortcut is not None:
+        out = out + shortcut
+    return ReferenceOutput(torch.relu(out) if relu else out, mean, whitening, scale)

@@ -1,0 +1,49 @@
+"""What ``covariances`` has, for a map of which the variances are enough: one that is given, under CE in evaluation.
+
+Then V is diagonal, and so is each covariance, (N, G, d), that of the batch, (G, d), and K.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .records import BatchMoments, Moments, NormInput, Projected, ProjectedGradients
+
+
+def of_batch(moments: Moments, length: int) -> BatchMoments:
+    """Return the moments over samples and L positions: the variance is that within samples and that of their means."""
+    mean = moments.means.mean(0)
+    between = (moments.means - mean).square().mean(0)
+    variance = torch.add(between, moments.covariances.mean(0), alpha=(length - 1) / length)
+    return BatchMoments(mean=mean, covariance=variance)
+
+
+def of_z(batch: BatchMoments, weight: None) -> NormInput:
+    """Return mean and variance of z = h over samples and positions."""
+    return NormInput(mean=batch.mean.flatten(), variance=batch.covariance.flatten())
+
+
+def of_z_backward(d_mean: Tensor, weights: Tensor, batch: BatchMoments, weight: None) -> ProjectedGradients:
+    """Return what comes through mean and variance of z."""
+    return ProjectedGradients(k_matrix=weights.view_as(batch.mean), mean=d_mean.view_as(batch.mean))
+
+
+def of_x(moments: Moments, matrix: Tensor) -> Projected:
+    """Return the variances of each sample's positions of x, for a diagonal V, (G, d, d)."""
+    a = matrix.diagonal(dim1=1, dim2=2)
+    projected = moments.covariances * a
+    return Projected(variance=(projected * a).flatten(1), projected=projected)
+
+
+def of_x_backward(weights: Tensor, matrix: Tensor, projected: Tensor, num_blocks: int) -> ProjectedGradients:
+    """Return what comes through the variances of x; the weights are (N, C)."""
+    a = matrix.diagonal(dim1=1, dim2=2)
+    weights = weights.view_as(projected)
+    d_a = (weights * projected).sum(0)
+    return ProjectedGradients(k_matrix=weights * a.square(), matrix=torch.diag_embed(d_a))
+
+
+def at_means(k_matrix: Tensor, shifts: Tensor) -> Tensor:
+    """Return K (m - mean), (N, G, d)."""
+    return k_matrix * shifts
