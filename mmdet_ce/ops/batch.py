@@ -30,6 +30,12 @@ def merged(own: Batch, num_samples: int, length: int, group: Optional[dist.Proce
     """Return the moments of the whole batch from those of this process's samples, of L positions each."""
     if group is None:
         return own
+    if num_samples == 0:  # then its means are NaN
+        own = Batch(
+            mean=torch.zeros_like(own.mean),
+            covariance=torch.zeros_like(own.covariance),
+            mean_variance=torch.zeros_like(own.mean_variance),
+        )
     samples = own.mean.new_full((1,), num_samples)
     parts = (samples, samples * length, own.mean, own.covariance, own.mean_variance)
     packed = torch.cat([tensor.flatten() for tensor in parts])
@@ -85,18 +91,18 @@ def batch_scale(batch: Batch, map_dtype: torch.dtype) -> Scale:
     zero_init_residual zeroes the norm before CE) has nothing to be equalized: s = 1, where the formula has 0 / 0.
     """
     second_moment = torch.addcmul(batch.covariance.diagonal(dim1=1, dim2=2), batch.mean, batch.mean).mean().view(1)
-    least = second_moment * rounding_variance(map_dtype) + least_variance(map_dtype)
-    is_usable = batch.mean_variance > least  # not of NaN; nor of inf, which makes both inf
+    beyond_rounding = torch.sub(batch.mean_variance, second_moment, alpha=rounding_variance(map_dtype))
+    is_usable = beyond_rounding > least_variance(map_dtype)  # not of NaN, nor of inf - inf
     mean_variance = torch.where(is_usable, batch.mean_variance, 1.0)
     return Scale(scale=mean_variance.sqrt(), is_usable=is_usable, mean_variance=mean_variance)
 
 
 def batch_scale_backward(d_variance: Tensor, d_log_inverse_scale: Tensor, saved: Saved) -> Tensor:
     """Add to the gradient of v, (N, C), what comes through s = sqrt(mean(v)), from that of log(1 / s), (1,)."""
-    of_each = d_log_inverse_scale * saved.is_usable / (2 * max(d_variance.numel(), 1))
+    of_all = d_log_inverse_scale * saved.is_usable
     if saved.sample_share is not None:
-        of_each = of_each * saved.sample_share
-    return torch.addcdiv(d_variance, of_each, saved.mean_variance, value=-1)
+        of_all = of_all * saved.sample_share
+    return torch.addcdiv(d_variance, of_all, saved.mean_variance, value=-0.5 / max(d_variance.numel(), 1))
 
 
 def summed(group: Optional[dist.ProcessGroup], *values: Tensor) -> tuple[Tensor, ...]:

@@ -20,7 +20,7 @@ from .gate import gate, gate_backward
 from .mixture import MixtureGradients, mix, mix_backward
 from .newton import whiten, whiten_backward
 from .norm import affine, affine_backward, affine_matrix, move_running_values
-from .precision import matmul
+from .precision import add_matmul, matmul
 from .records import BatchMoments, Coefficients, Gradients, Moments, Parameters, Saved, Settings, Statistics
 
 
@@ -57,6 +57,7 @@ def coefficients(moments: Moments, length: int, parameters: Parameters, settings
         whitening=whitening,
         batch_mean=None if batch is None else batch.mean,
         batch_covariance=None if batch is None else batch.covariance,
+        batch_shifts=None if batch is None else batch.shifts,
         **gates._asdict(),
         **mixture._asdict(),
         **kept,
@@ -70,9 +71,9 @@ def _statistics(
     """Return the statistics of x over the batch, of this process or of all, and fields of ``Saved``."""
     x = covariances.covariance_of_x(batch, matrix[..., :-1])
     own = Batch(
-        mean=(matmul(matrix[..., :-1], batch.mean[..., None]) + matrix[..., -1:])[..., 0],
+        mean=_mean_of_x(batch.mean, matrix),
         covariance=x.variance,
-        mean_variance=(variance.sum() / max(variance.numel(), 1)).view(1),
+        mean_variance=variance.mean().view(1),
     )
     whole = merged(own, len(variance), length, settings.process_group)
     scale = batch_scale(whole, settings.dtype)
@@ -96,65 +97,69 @@ def _statistics(
     return statistics, kept
 
 
+def _mean_of_x(mean: Tensor, matrix: Tensor) -> Tensor:
+    """Return the mean of x = V h + b, (G, d), from that of h, (B, J), and [V | b]."""
+    columns = mean[..., None].expand(len(matrix), -1, -1)  # (G, J, 1)
+    return add_matmul(matrix[..., -1:], matrix[..., :-1], columns, beta=1, alpha=1)[..., 0]
+
+
 def coefficients_backward(
-    d_matrix: Tensor, length: int, saved: Saved, parameters: Parameters, settings: Settings
+    d_mixed: Tensor, length: int, saved: Saved, parameters: Parameters, settings: Settings
 ) -> Gradients:
     """Return the gradients from that of [M V | M b], (N, G, d, J + 1).
 
-    What comes through the moments of h is given as K and k in dh = K (h - m) + k: through the covariance of a sample
-    comes 2 / (L - 1) times its gradient, through that of the batch 2 / (N L) times it.
+    What comes through the moments of h is K and k in dh = K (h - m) + k: through the covariance of a sample comes
+    2 / (L - 1) times its gradient, through that of the batch 2 / (N L) times it.
     """
     p = _converted(parameters, settings.dtype)
     moments_of = _moments_of(saved.means, saved.projected)
     num_samples, num_blocks, _ = saved.means.shape
     num_positions = max(num_samples * length, 1)
     matrix = saved.affine[..., :-1]  # V
-    mixture = mix_backward(d_matrix, saved, p)
+    mixture = mix_backward(d_mixed, saved, p, settings.trains)
     gates = gate_backward(mixture.log_gate, saved, p)
-    d_affine = mixture.affine  # (G, d, J + 1); what comes through the moments is added to it
     d_variance = gates.variance
-    k_batch = []
-    d_mean = []  # gradients of the mean of h over the batch, (B, J)
+    d_matrix = mixture.affine[..., :-1]
+    d_b = mixture.affine[..., -1]
+    through_batch = []
     if settings.trains:
         trained = _statistics_backward(mixture, d_variance, saved, settings)
         d_variance = trained.variance
-        weights = trained.covariance * (2 / num_positions)
-        through = covariances.covariance_of_x_backward(weights, matrix, saved.batch_projected, num_blocks)
-        d_affine[..., :-1].add_(through.matrix, alpha=num_positions)
-        k_batch.append(through.k_matrix)
+        through = covariances.covariance_of_x_backward(
+            trained.covariance, trained.mean, matrix, saved.batch_projected, num_blocks
+        )
+        through_batch.append(through)
+        d_matrix = torch.add(d_matrix, through.matrix, alpha=2)
         if trained.mean is not None:
-            d_affine[..., :-1].addcmul_(trained.mean[..., None], saved.batch_mean[:, None])
-            d_affine[..., -1].add_(trained.mean)
-            d_mean.append(covariances.mean_backward(trained.mean, matrix, num_blocks))
-    # A sample of one position has no variance
-    weights = d_variance * (2 / (length - 1) if length > 1 else 0.0)
-    through = moments_of.of_x_backward(weights, matrix, saved.projected, num_blocks)
-    d_affine[..., :-1].add_(through.matrix, alpha=length - 1)
-    k_matrix = through.k_matrix
-    norm = affine_backward(d_affine, saved, p, settings)
-    d_weight = norm.conv_weight
+            d_matrix = torch.addcmul(d_matrix, trained.mean[..., None], saved.batch_mean[:, None])
+            d_b = d_b + trained.mean
+    samples = moments_of.of_x_backward(d_variance, matrix, saved.projected, num_blocks)
+    d_matrix = torch.add(d_matrix, samples.matrix, alpha=2)
+    norm = affine_backward(d_matrix, d_b, saved, p, settings)
+    d_conv_weight = norm.conv_weight
     if settings.norm_trains:
-        batch = BatchMoments(mean=saved.batch_mean, covariance=saved.batch_covariance)
-        weights = norm.variance * (2 / num_positions)
-        through = moments_of.of_z_backward(norm.mean, weights, batch, p.conv_weight)
-        k_batch.append(through.k_matrix)
-        d_mean.append(through.mean)
-        if d_weight is not None:
-            d_weight = d_weight.add(through.matrix, alpha=num_positions).addcmul_(norm.mean[:, None], batch.mean)
+        through = moments_of.of_z_backward(
+            norm.mean, norm.variance, saved.batch_mean, saved.batch_covariance, p.conv_weight
+        )
+        through_batch.append(through)
+        if d_conv_weight is not None:
+            d_conv_weight = torch.add(d_conv_weight, through.matrix, alpha=2)
+            d_conv_weight = torch.addcmul(d_conv_weight, norm.mean[:, None], saved.batch_mean)
+    k_matrix = samples.covariances * (2 / (length - 1) if length > 1 else 0.0)  # one position has no variance
     k_vector = None
-    if k_batch:
-        k_batch = sum(k_batch)
-        k_vector = moments_of.at_means(k_batch, saved.means - saved.batch_mean)
-        if d_mean:
-            k_vector = k_vector + sum(d_mean) / num_positions
-        k_matrix = k_matrix + k_batch
+    for through in through_batch:
+        k_matrix = torch.add(k_matrix, through.covariances, alpha=2 / num_positions)
+        at_means = moments_of.at_means(through.covariances, saved.batch_shifts, 2 / num_positions)
+        k_vector = at_means if k_vector is None else k_vector + at_means
+        if through.mean is not None:
+            k_vector = torch.add(k_vector, through.mean, alpha=1 / num_positions)
     return Gradients(
         k_matrix=k_matrix,
         k_vector=k_vector,
         parameters=Parameters(
             theta=mixture.theta,
             alpha=mixture.alpha,
-            conv_weight=d_weight,
+            conv_weight=d_conv_weight,
             norm_weight=norm.weight,
             norm_bias=norm.bias,
             fc1_weight=gates.fc1_weight,

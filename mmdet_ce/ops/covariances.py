@@ -2,8 +2,6 @@
 
 ``variances`` has the same functions for maps of which the variances are enough. The rows of W, and of V, belong to the
 blocks of h in turn: through a convolution h is one block, and without one W is I and each channel group is a block.
-
-In the backward pass a gradient of covariances is given as K, what comes through them to h: dh = K (h - mean).
 """
 
 from __future__ import annotations
@@ -19,12 +17,13 @@ from .records import BatchMoments, Moments, NormInput, Projected, ProjectedGradi
 
 def of_batch(moments: Moments, length: int) -> BatchMoments:
     """Return the moments over samples and L positions: the covariance is that within samples and that of their means."""
-    n = max(len(moments.means), 1)  # the moments of a batch of 0 are 0
-    mean = moments.means.sum(0) / n  # (B, J)
-    shifts = (moments.means - mean).transpose(0, 1)  # (B, N, J)
+    n = max(len(moments.means), 1)
+    mean = moments.means.mean(0)  # (B, J)
+    shifts = moments.means - mean
+    by_block = shifts.transpose(0, 1)  # (B, N, J)
     within = moments.covariances.sum(0)  # (B, J, J)
-    covariance = add_matmul(within, shifts.mT, shifts, beta=(length - 1) / (length * n), alpha=1 / n)
-    return BatchMoments(mean=mean, covariance=covariance)
+    covariance = add_matmul(within, by_block.mT, by_block, beta=(length - 1) / (length * n), alpha=1 / n)
+    return BatchMoments(mean=mean, covariance=covariance, shifts=shifts)
 
 
 def of_z(batch: BatchMoments, weight: Optional[Tensor]) -> NormInput:
@@ -38,20 +37,17 @@ def of_z(batch: BatchMoments, weight: Optional[Tensor]) -> NormInput:
 
 
 def of_z_backward(
-    d_mean: Tensor, weights: Tensor, batch: BatchMoments, weight: Optional[Tensor]
+    d_mean: Tensor, d_variance: Tensor, batch_mean: Tensor, batch_covariance: Tensor, weight: Optional[Tensor]
 ) -> ProjectedGradients:
-    """Return what comes through the mean of z, (C,), whose gradient is given, and through its variance.
-
-    ``weights``, (C,), are the gradient of the variance as K has it: K = W^T diag(weights) W.
-    """
+    """Return what comes through mean and variance of z, from their gradients, (C,)."""
     if weight is None:
-        k_matrix = torch.diag_embed(weights.view_as(batch.mean))
-        return ProjectedGradients(k_matrix=k_matrix, mean=d_mean.view_as(batch.mean))
-    weighted = weights[:, None] * weight  # (C, J)
+        d_covariance = torch.diag_embed(d_variance.view_as(batch_mean))
+        return ProjectedGradients(covariances=d_covariance, mean=d_mean.view_as(batch_mean))
+    weighted = d_variance[:, None] * weight  # (C, J)
     return ProjectedGradients(
-        k_matrix=matmul(weight.T, weighted)[None],
+        covariances=matmul(weight.T, weighted)[None],
         mean=matmul(d_mean[None], weight),
-        matrix=matmul(weighted, batch.covariance[0]),
+        matrix=matmul(weighted, batch_covariance[0]),
     )
 
 
@@ -63,13 +59,13 @@ def of_x(moments: Moments, matrix: Tensor) -> Projected:
     return Projected(variance=variance, projected=projected)
 
 
-def of_x_backward(weights: Tensor, matrix: Tensor, projected: Tensor, num_blocks: int) -> ProjectedGradients:
-    """Return what comes through the variances of x; the weights are (N, C), K = V^T diag(weights) V."""
+def of_x_backward(d_variance: Tensor, matrix: Tensor, projected: Tensor, num_blocks: int) -> ProjectedGradients:
+    """Return what comes through the variances of x, from their gradient, (N, C)."""
     rows = _by_block(matrix, num_blocks)
-    weighted = weights.unflatten(1, (num_blocks, -1))[..., None] * rows  # (N, B, R, J)
+    weighted = d_variance.unflatten(1, (num_blocks, -1))[..., None] * rows  # (N, B, R, J)
     return ProjectedGradients(
-        k_matrix=matmul(rows.mT, weighted),
-        matrix=torch.einsum('nc,ncj->cj', weights, projected).view_as(matrix),
+        covariances=matmul(rows.mT, weighted),
+        matrix=torch.einsum('nc,ncj->cj', d_variance, projected).view_as(matrix),
     )
 
 
@@ -81,24 +77,27 @@ def covariance_of_x(batch: BatchMoments, matrix: Tensor) -> Projected:
 
 
 def covariance_of_x_backward(
-    weights: Tensor, matrix: Tensor, projected: Tensor, num_blocks: int
+    d_covariance: Tensor, d_mean: Optional[Tensor], matrix: Tensor, projected: Tensor, num_blocks: int
 ) -> ProjectedGradients:
-    """Return what comes through the covariance of x; the weights are (G, d, d), symmetric, K = V^T weights V."""
-    weighted = matmul(weights, matrix)  # (G, d, J)
+    """Return what comes through the covariance of x, (G, d, d), and through its mean, (G, d), from their gradients.
+
+    The gradient of the covariance is symmetric. That of the mean is None for 0.
+    """
+    weighted = matmul(d_covariance, matrix)  # (G, d, J)
+    mean = None
+    if d_mean is not None:
+        mean = matmul(d_mean.view(num_blocks, 1, -1), _by_block(matrix, num_blocks))[:, 0]
     return ProjectedGradients(
-        k_matrix=matmul(_by_block(matrix, num_blocks).mT, _by_block(weighted, num_blocks)),
-        matrix=matmul(weights, projected),
+        covariances=matmul(_by_block(matrix, num_blocks).mT, _by_block(weighted, num_blocks)),
+        matrix=matmul(d_covariance, projected),
+        mean=mean,
     )
 
 
-def mean_backward(d_mean: Tensor, matrix: Tensor, num_blocks: int) -> Tensor:
-    """Return the gradient of the mean of h, (B, J), from that of the mean of x, (G, d)."""
-    return matmul(d_mean.view(num_blocks, 1, -1), _by_block(matrix, num_blocks))[:, 0]
-
-
-def at_means(k_matrix: Tensor, shifts: Tensor) -> Tensor:
-    """Return K (m - mean), (N, B, J)."""
-    return matmul(shifts.transpose(0, 1), k_matrix).transpose(0, 1)
+def at_means(k_matrix: Tensor, shifts: Tensor, factor: float) -> Tensor:
+    """Return factor K (m - mean), (N, B, J), for the shifts m - mean."""
+    by_block = shifts.transpose(0, 1)
+    return add_matmul(by_block, by_block, k_matrix, beta=0, alpha=factor).transpose(0, 1)
 
 
 def _by_block(matrix: Tensor, num_blocks: int) -> Tensor:

@@ -51,11 +51,11 @@ class MixtureGradients(NamedTuple):
     alpha: Optional[Tensor]  # (1,)
     theta: Tensor  # (1,)
     log_gate: Tensor  # (N, C)
-    log_inverse_scale: Tensor  # (1,), of log(1 / s)
-    decorrelation: Tensor  # of P [V | b], (G, d, J + 1)
+    decorrelation: Optional[Tensor] = None  # of P [V | b], (G, d, J + 1), if CE trains
+    log_inverse_scale: Optional[Tensor] = None  # (1,), of log(1 / s), likewise
 
 
-def mix_backward(d_matrix: Tensor, saved: Saved, p: Parameters) -> MixtureGradients:
+def mix_backward(d_matrix: Tensor, saved: Saved, p: Parameters, trains: bool) -> MixtureGradients:
     """Return the gradients from that of M [V | b], (N, G, d, J + 1)."""
     d_alpha = None
     d_direct = None
@@ -70,13 +70,17 @@ def mix_backward(d_matrix: Tensor, saved: Saved, p: Parameters) -> MixtureGradie
     towards_decorrelation = torch.dot(d_sum.flatten(), saved.decorrelation.flatten())
     towards_reweighting = by_gate.sum().view(1)
     d_affine = torch.lerp(d_reweighted, matmul(saved.whitening.mT, d_sum), saved.lambda_)
-    return MixtureGradients(
+    gradients = MixtureGradients(
         affine=d_affine if d_direct is None else d_affine + d_direct,
         alpha=d_alpha,
         theta=torch.ops.aten.sigmoid_backward(towards_decorrelation - towards_reweighting, saved.lambda_),
         log_gate=_times_rest(by_gate, saved.lambda_),
-        log_inverse_scale=_times_rest(towards_reweighting, saved.lambda_),
+    )
+    if not trains:
+        return gradients
+    return gradients._replace(
         decorrelation=saved.lambda_ * d_sum,
+        log_inverse_scale=_times_rest(towards_reweighting, saved.lambda_),
     )
 
 

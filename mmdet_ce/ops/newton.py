@@ -20,8 +20,8 @@ class Whitening(NamedTuple):
 
 
 def whiten(covariance: Tensor, eps: float, num_iterations: int) -> Whitening:
-    """Return P_T of Sigma = covariance + eps I, (G, d, d)."""
-    sigma = covariance.clone()
+    """Return P_T of Sigma = covariance + eps I, (G, d, d). The covariance becomes Sigma in place."""
+    sigma = covariance
     sigma.diagonal(dim1=1, dim2=2).add_(eps)
     trace = sigma.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
     normalized = sigma / trace
@@ -34,7 +34,7 @@ def whiten_backward(d_whitening: Tensor, num_iterations: int, saved: Saved) -> T
     Through Sigma_N = Sigma / trace(Sigma): dSigma = (dSigma_N - <dSigma_N, Sigma_N> I) / trace(Sigma).
     """
     d_normalized = inverse_sqrt_newton_derivative(saved.normalized, d_whitening, num_iterations)
-    along = (d_normalized * saved.normalized).sum((1, 2))
+    along = torch.einsum('gij,gij->g', d_normalized, saved.normalized)
     d_normalized.diagonal(dim1=1, dim2=2).sub_(along[:, None])
     return d_normalized / saved.trace
 
@@ -69,9 +69,8 @@ def inverse_sqrt_newton_derivative(normalized: Tensor, direction: Tensor, num_it
     E is a direction, or the gradient with respect to P_T, of which the symmetric part counts. All are (G, d, d).
     """
     d = normalized.shape[-1]
-    block = normalized.new_zeros(len(normalized), 2 * d, 2 * d)
-    block[:, :d, :d] = normalized
-    block[:, d:, d:] = normalized
+    block = normalized.repeat(1, 2, 2)
+    block[:, d:, :d] = 0
     block[:, :d, d:] = torch.lerp(direction, direction.mT, 0.5)
     return inverse_sqrt_newton(block, num_iterations)[:, :d, d:]
 

@@ -66,19 +66,20 @@ class NormGradients(NamedTuple):
     variance: Optional[Tensor] = None  # (C,), likewise
 
 
-def affine_backward(d_affine: Tensor, saved: Saved, p: Parameters, settings: Settings) -> NormGradients:
-    """Return the gradients from that of [V | b], (G, d, J + 1); b = bias - mean a."""
+def affine_backward(
+    d_matrix: Tensor, d_b: Tensor, saved: Saved, p: Parameters, settings: Settings
+) -> NormGradients:
+    """Return the gradients from those of V, (G, d, J), and b, (G, d); b = bias - mean a."""
     if settings.norm is None:
         return NormGradients()
-    d_matrix = d_affine[..., :-1]
-    d_b = d_affine[..., -1].flatten()
+    d_b = d_b.flatten()
     if p.conv_weight is None:
         d_weight = None
         d_a = d_matrix.diagonal(dim1=1, dim2=2).flatten()
     else:
         d_matrix = d_matrix.flatten(0, 1)
         d_weight = saved.a[:, None] * d_matrix
-        d_a = (d_matrix * p.conv_weight).sum(1)
+        d_a = torch.einsum('cj,cj->c', d_matrix, p.conv_weight)
     d_a = torch.addcmul(d_a, saved.norm_mean, d_b, value=-1)
     gradients = NormGradients(
         conv_weight=d_weight,

@@ -27,7 +27,8 @@ def dtype_of(x: Tensor, num_iterations: int) -> torch.dtype:
     In a direction without variance P grows by half with every step, and the effect of a rounding error of Sigma with
     its square: float32 has lost all digits there after twenty steps, and P is not finite after thirty.
     """
-    return torch.promote_types(x.dtype, torch.float64 if num_iterations > MAX_FLOAT32_ITERATIONS else torch.float32)
+    needs_float64 = x.dtype == torch.float64 or num_iterations > MAX_FLOAT32_ITERATIONS
+    return torch.float64 if needs_float64 else torch.float32
 
 
 def stays_16_bit(x: Tensor) -> bool:

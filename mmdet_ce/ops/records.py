@@ -58,6 +58,7 @@ class BatchMoments(NamedTuple):
 
     mean: Tensor  # (B, J)
     covariance: Tensor  # (B, J, J); its diagonal alone, (B, J), where no more is needed
+    shifts: Tensor  # m - mean, (N, B, J)
 
 
 class Statistics(NamedTuple):
@@ -86,8 +87,8 @@ class Projected(NamedTuple):
 class ProjectedGradients(NamedTuple):
     """What comes back through moments of z or x; None where nothing does."""
 
-    k_matrix: Tensor  # K in dh = K (h - mean), for each sample or for the batch
-    matrix: Optional[Tensor] = None  # towards W or V, to be multiplied as K was divided
+    covariances: Tensor  # the gradient of the covariances of h, of each sample or of the batch
+    matrix: Optional[Tensor] = None  # half the gradient of W or V
     mean: Optional[Tensor] = None  # the gradient of the mean of h, (B, J)
 
 
@@ -118,6 +119,7 @@ class Saved(NamedTuple):
     # the batch, where the norm or CE trains
     batch_mean: Optional[Tensor] = None  # of h, (B, J)
     batch_covariance: Optional[Tensor] = None  # of h, (B, J, J), or its diagonal, (B, J)
+    batch_shifts: Optional[Tensor] = None  # m - the mean of the batch, (N, B, J)
     # the batch, where CE trains
     batch_projected: Optional[Tensor] = None  # V times the covariance of the batch, (G, d, J)
     mean_variance: Optional[Tensor] = None  # (1,), s^2

@@ -14,9 +14,10 @@ from .records import BatchMoments, Moments, NormInput, Projected, ProjectedGradi
 def of_batch(moments: Moments, length: int) -> BatchMoments:
     """Return the moments over samples and L positions: the variance is that within samples and that of their means."""
     mean = moments.means.mean(0)
-    between = (moments.means - mean).square().mean(0)
+    shifts = moments.means - mean
+    between = shifts.square().mean(0)
     variance = torch.add(between, moments.covariances.mean(0), alpha=(length - 1) / length)
-    return BatchMoments(mean=mean, covariance=variance)
+    return BatchMoments(mean=mean, covariance=variance, shifts=shifts)
 
 
 def of_z(batch: BatchMoments, weight: None) -> NormInput:
@@ -24,9 +25,11 @@ def of_z(batch: BatchMoments, weight: None) -> NormInput:
     return NormInput(mean=batch.mean.flatten(), variance=batch.covariance.flatten())
 
 
-def of_z_backward(d_mean: Tensor, weights: Tensor, batch: BatchMoments, weight: None) -> ProjectedGradients:
-    """Return what comes through mean and variance of z."""
-    return ProjectedGradients(k_matrix=weights.view_as(batch.mean), mean=d_mean.view_as(batch.mean))
+def of_z_backward(
+    d_mean: Tensor, d_variance: Tensor, batch_mean: Tensor, batch_covariance: Tensor, weight: None
+) -> ProjectedGradients:
+    """Return what comes through mean and variance of z, from their gradients, (C,)."""
+    return ProjectedGradients(covariances=d_variance.view_as(batch_mean), mean=d_mean.view_as(batch_mean))
 
 
 def of_x(moments: Moments, matrix: Tensor) -> Projected:
@@ -36,14 +39,14 @@ def of_x(moments: Moments, matrix: Tensor) -> Projected:
     return Projected(variance=(projected * a).flatten(1), projected=projected)
 
 
-def of_x_backward(weights: Tensor, matrix: Tensor, projected: Tensor, num_blocks: int) -> ProjectedGradients:
-    """Return what comes through the variances of x; the weights are (N, C)."""
+def of_x_backward(d_variance: Tensor, matrix: Tensor, projected: Tensor, num_blocks: int) -> ProjectedGradients:
+    """Return what comes through the variances of x, from their gradient, (N, C)."""
     a = matrix.diagonal(dim1=1, dim2=2)
-    weights = weights.view_as(projected)
-    d_a = (weights * projected).sum(0)
-    return ProjectedGradients(k_matrix=weights * a.square(), matrix=torch.diag_embed(d_a))
+    d_variance = d_variance.view_as(projected)
+    d_a = (d_variance * projected).sum(0)
+    return ProjectedGradients(covariances=d_variance * a.square(), matrix=torch.diag_embed(d_a))
 
 
-def at_means(k_matrix: Tensor, shifts: Tensor) -> Tensor:
-    """Return K (m - mean), (N, G, d)."""
-    return k_matrix * shifts
+def at_means(k_matrix: Tensor, shifts: Tensor, factor: float) -> Tensor:
+    """Return factor K (m - mean), (N, G, d), for the shifts m - mean."""
+    return k_matrix * shifts * factor
