@@ -1,144 +1,167 @@
-"""Time Channel Equilibrium on the CPU: the block against the released form, the backbone against mmdet's ResNet.
+"""Time Channel Equilibrium against mmdet's plain ResNet, on a CPU or a GPU. The report is Markdown.
 
-All candidates run in one process, in turn, so that what else the machine does touches them alike. On GPUs: gpu_run.py.
+    python tools/benchmark_ce.py --size 800 1344 --keep-heap
+    python tools/benchmark_ce.py --what block --mode nothing-frozen inference
+    python tools/benchmark_ce.py --what host --threads 1 --rounds 200
+    python tools/benchmark_ce.py --device cuda --what backbone profile --dtype bfloat16 --mode coco inference --compiled
+
+All candidates run in one process, in turn. A ratio is the median of the rounds' ratios to the plain network, with
+their quartiles. So a machine that slows down for a while does not pass for a difference. A measurement that fails is
+named in the report, and the others go on.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import statistics
-import time
-from collections.abc import Callable
+import ctypes
+import gc
+import logging
+import sys
+from itertools import product
 
 import command_line  # noqa: F401  (sets variables of OpenMP's)
 
+import benchmark_steps as steps
 import torch
-from benchmark.models import ReleasedForm, RivalResNet, with_released_form
 from compare import processor
 from mmdet.models import ResNet
 from torch import Tensor, nn
 
-from mmdet_ce import CEResNet, ChannelEquilibrium, __version__
+from mmdet_ce import CEResNet, ChannelEquilibrium
+from mmdet_ce.backbones.ce_backbone import norm_ce
+from mmdet_ce.environment import describe_versions
 
-BLOCKS = {(2, 64, 160, 160): 64, (2, 256, 80, 80): 16, (2, 512, 40, 40): 16, (2, 1024, 20, 20): 16}  # input: d
-
-
-def interleaved(candidates: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Run every candidate once a round and return the seconds of each run by name; one round more warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for index in range(rounds + 1):
-        for name, candidate in candidates.items():
-            start = time.perf_counter()
-            candidate()
-            if index:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+NETWORKS = {'ResNet-50': dict(depth=50), 'demo': dict(depth=18, base_channels=32)}
+MODES = {
+    'coco': dict(frozen_stages=1, norm_eval=True),
+    'nothing-frozen': dict(frozen_stages=-1, norm_eval=True),
+    'ce-training': dict(frozen_stages=-1, norm_eval=True),
+    'norms-training': dict(frozen_stages=-1, norm_eval=False),
+    'inference': dict(),
+}
 
 
-def bytes_saved(model: nn.Module, x: Tensor) -> int:
-    """Return the bytes that a forward pass keeps for backward, each storage once, parameters and input aside."""
-    aside = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), x)}
-    saved: dict[int, int] = {}
+class BlockEnd(nn.Module):
+    """The end of a residual block after a 1x1 convolution: relu(norm(conv(h)) + shortcut), with CE or without."""
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in aside:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # a node that kept its own output would never be freed, nor would its graph
+    def __init__(self, width: int, with_ce: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, 4 * width, 1, bias=False)
+        self.norm = nn.BatchNorm2d(4 * width)
+        self.ce = ChannelEquilibrium(4 * width, num_channels=16) if with_ce else None
+        self.relu = nn.ReLU(inplace=True)
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = model(x)
-        total = sum(saved.values())
-    del outputs
-    return total
+    def forward(self, h: Tensor, shortcut: Tensor) -> tuple[Tensor]:
+        """Return the block's output for h, (N, width, H, W), and the shortcut, (N, 4 width, H, W)."""
+        return (norm_ce(self.norm, self.ce, self.conv(h), shortcut, self.relu),)
 
 
-def train_step(model: nn.Module, x: Tensor, gradients: dict) -> None:
-    """Run forward and backward of one step; the gradients that it starts from are made once."""
-    model.zero_grad(set_to_none=True)
-    x.grad, outputs = None, model(x)
-    outputs = [out for out in (outputs if isinstance(outputs, tuple) else (outputs,)) if out.requires_grad]
-    for out in outputs:  # none of frozen stages
-        gradients.setdefault(out.shape, torch.randn_like(out))
-    torch.autograd.backward(outputs, [gradients[out.shape] for out in outputs])
-
-
-def ratios(seconds: dict[str, list[float]]) -> dict[str, list[str]]:
-    """Return for each candidate its median in ms, and median and quartiles of its time over the first one's.
-
-    By round, so that a machine that slows down for a while does not pass for a difference.
-    """
-    first = next(iter(seconds.values()))
-    cells = {}
-    for name, times in seconds.items():
-        low, middle, high = statistics.quantiles([a / b for a, b in zip(times, first)], n=4)
-        cells[name] = [f'{1e3 * statistics.median(times):.1f}', f'{middle:.3f} ({low:.2f}-{high:.2f})']
-    return cells
-
-
-def time_models(title: str, models: dict[str, nn.Module], x: Tensor, rounds: int) -> None:
-    """Time models and print their table."""
-    gradients: dict = {}
-    for model in models.values():
-        model.train()  # mmdet's returns nothing
-    memory = {name: bytes_saved(model, x) / 1e6 for name, model in models.items()}
-    trained = {name: lambda model=model: train_step(model, x, gradients) for name, model in models.items()}
-    steps = ratios(interleaved(trained, rounds))
-    for model in models.values():
-        model.eval()
+def prepare(
+    plain: nn.Module, ce: nn.Module, inputs: list[Tensor], args: argparse.Namespace
+) -> tuple[dict[str, nn.Module], list[Tensor]]:
+    """Give both models the same weights, and CE statistics; move all to the device and the memory format."""
+    memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
+    inputs = [tensor.to(device=args.device, memory_format=memory_format) for tensor in inputs]
+    ce.load_state_dict(plain.state_dict(), strict=False)
+    for module in (plain, ce):
+        module.to(device=args.device, memory_format=memory_format)
+        module.eval()  # mmdet's returns nothing
+    for module in ce.modules():
+        module.train(isinstance(module, ChannelEquilibrium))
     with torch.no_grad():
-        forward = ratios(interleaved({name: lambda model=model: model(x) for name, model in models.items()}, rounds))
-    columns = ['train step, ms', 'ratio (quartiles)', 'inference, ms', 'ratio (quartiles)', 'saved for backward, MB']
-    print(f'\n{title}\n\n| | {" | ".join(columns)} | ratio |\n|{" --- |" * 7}')
-    for name in models:
-        cells = [*steps[name], *forward[name], f'{memory[name]:.1f}', f'{memory[name] / [*memory.values()][0]:.3f}']
-        print(f'| {name} | {" | ".join(cells)} |', flush=True)
+        ce(*inputs)
+    return {'plain': plain, 'CE': ce}, inputs
 
 
-def compare_blocks(rounds: int) -> None:
-    """Compare the block with the released form and with BatchNorm."""
-    for shape, d in BLOCKS.items():
-        ce = ChannelEquilibrium(shape[1], num_channels=d)
-        released = ReleasedForm(copy.deepcopy(ce))
-        models = {'CE, released form': released, 'CE': ce, 'BatchNorm2d': nn.BatchNorm2d(shape[1])}
-        time_models(f'block {"x".join(map(str, shape))}, d = {d}', models, torch.randn(shape).requires_grad_(), rounds)
+def backbones(mode: str, args: argparse.Namespace) -> tuple[dict[str, nn.Module], list[Tensor]]:
+    """Return the plain backbone and CE's in a mode, and images for both."""
+    kwargs = {**NETWORKS[args.network], **MODES[mode]}
+    ce = CEResNet(ce_eval=False if mode == 'ce-training' else None, **kwargs)
+    models, images = prepare(ResNet(**kwargs), ce, [torch.randn(args.batch, 3, *args.size)], args)
+    for model in models.values():
+        model.train(mode != 'inference')
+    return models, images
 
 
-def compare_backbones(args: argparse.Namespace) -> None:
-    """Compare the backbone with mmdet's plain ResNet, the released form of CE, and other blocks."""
-    x = torch.randn(args.batch, 3, *args.size)
-    models = {'plain ResNet': ResNet(args.depth), 'CE': CEResNet(args.depth)}
-    models['CE'].load_state_dict(models['plain ResNet'].state_dict(), strict=False)
-    with torch.no_grad():  # CE needs statistics before it is evaluated
-        for _, layer in models['CE'].named_ce():
-            layer.train()
-        models['CE'](x)
-    models['CE, ce_eval=False'] = CEResNet(args.depth, ce_eval=False)
-    models['CE, ce_eval=False'].load_state_dict(models['CE'].state_dict())
-    models.update({f'{name}, released form': with_released_form(model) for name, model in [*models.items()][1:]})
-    if args.rivals:
-        models['plain + ContextBlock'] = RivalResNet(args.depth, 'gc')
-        models['plain + SE'] = RivalResNet(args.depth, 'se')
-    time_models(f'ResNet-{args.depth}, norms in evaluation, {"x".join(map(str, x.shape))}', models, x, args.rounds)
+def block_ends(
+    mode: str, width: int, size: list[int], args: argparse.Namespace
+) -> tuple[dict[str, nn.Module], list[Tensor]]:
+    """Return the end of a block without CE and with it in a mode, and maps (H, W) for both."""
+    inputs = [torch.randn(args.batch, channels, *size) for channels in (width, 4 * width)]
+    models, inputs = prepare(BlockEnd(width, False), BlockEnd(width, True), inputs, args)
+    for model in models.values():
+        model.norm.train(mode == 'norms-training')
+    models['CE'].ce.train(mode in ('ce-training', 'norms-training'))
+    for tensor in inputs:
+        tensor.requires_grad_(mode != 'inference')
+    return models, inputs
+
+
+def measure(what: str, mode: str, dtype: str, args: argparse.Namespace) -> None:
+    """Print the rows of one measurement in one mode."""
+    inference = mode == 'inference'
+    title = f'{what}, {mode}, {dtype}'
+    kinds = ['eager']
+    if what == 'backbone':
+        if args.compiled:
+            kinds += ['compiled', 'CUDA graph'] if inference and args.device == 'cuda' else ['compiled']
+        steps.compare(f'{args.network} {title}', *backbones(mode, args), inference, dtype, args.rounds, kinds)
+    elif what == 'profile':
+        models, images = backbones(mode, args)
+        table = steps.profile(steps.Step(models['CE'], images, inference, dtype))
+        print(f'\n{title}\n\n```\n{table}\n```\n\n{steps.HEADER}')
+    else:
+        stages = [(width, [-(-side * 16 // width) for side in args.size]) for width in (64, 128, 256)]
+        tiny = [(8, [4, 4]), (8, [16, 16])]  # the second is long enough for its width to go through the convolution
+        for width, size in stages if what == 'block' else tiny:
+            ends = block_ends(mode, width, size, args)
+            where = f'{width} to {4 * width}, {size[0]}x{size[1]}'
+            steps.compare(f'{title}, {where}', *ends, inference, dtype, args.rounds, kinds)
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        '--what', nargs='+', choices=['backbone', 'block', 'host', 'profile'], default=['backbone'],
+        help='the network, the end of one block in stages 1 to 3, its host time on tiny maps, the kernels of a step',
+    )  # fmt: skip
+    parser.add_argument('--network', choices=[*NETWORKS], default='ResNet-50', help='demo: ResNet-18 of half width')
+    parser.add_argument('--mode', nargs='+', choices=[*MODES], default=[*MODES], help='(default: all)')
+    parser.add_argument('--size', type=int, nargs=2, default=[320, 480], help='height, width (default: 320 480)')
+    parser.add_argument('--batch', type=int, default=2, help='images (default: %(default)s)')
+    parser.add_argument('--rounds', type=int, default=9, help='timed rounds, 2 or more (default: %(default)s)')
+    parser.add_argument('--threads', type=int, default=torch.get_num_threads(), help='(default: %(default)s)')
+    parser.add_argument('--keep-heap', action='store_true', help='glibc keeps freed memory, as a GPU allocator does')
+    parser.add_argument('--channels-last', action='store_true')
+    parser.add_argument('--compiled', action='store_true', help='also by torch.compile, and on a GPU as a CUDA graph')
+    parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu', help='(default: %(default)s)')
+    parser.add_argument(
+        '--dtype', nargs='+', choices=['float32', 'float16', 'bfloat16'], default=['float32'],
+        help='16 bit is by autocast (default: float32)',
+    )  # fmt: skip
+    return parser.parse_args()
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--what', nargs='+', choices=['block', 'backbone'], default=['block', 'backbone'])
-    parser.add_argument('--depth', type=int, default=50, help='(default: %(default)s)')
-    parser.add_argument('--batch', type=int, default=2, help='images in the backbone input (default: %(default)s)')
-    parser.add_argument('--size', type=int, nargs=2, default=[320, 480], help='height, width (default: 320 480)')
-    parser.add_argument('--rivals', action='store_true', help='with ContextBlock and SE in the plain backbone, too')
-    parser.add_argument('--rounds', type=int, default=15, help='timed rounds, 2 or more (default: %(default)s)')
-    args = parser.parse_args()
+    args = parse_args()
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        sys.exit(f'error: torch {torch.__version__} sees no CUDA device; nothing was measured')
+    if args.keep_heap:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no memory by mmap, which each free would give back
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: nor is the end of the heap given back
+    logging.disable(logging.WARNING)
     torch.manual_seed(0)
-    print(f'{processor()}, {torch.get_num_threads()} threads; torch {torch.__version__}, mmdet_ce {__version__}')
-    if 'block' in args.what:
-        compare_blocks(args.rounds)
-    if 'backbone' in args.what:
-        compare_backbones(args)
+    torch.set_num_threads(args.threads)
+    device = torch.cuda.get_device_name() if args.device == 'cuda' else f'{processor()}, {args.threads} threads'
+    print(f'{device}; {describe_versions()}; `{" ".join(sys.argv[1:])}`\n\n{steps.HEADER}')
+    for what, dtype, mode in product(args.what, args.dtype, args.mode):
+        steps.attempt(f'{what}, {mode}, {dtype}', measure, what, mode, dtype, args)
+        gc.collect()
+    if steps.failures:
+        sys.exit(f'error: {len(steps.failures)} measurements failed; each is named above')
 
 
 if __name__ == '__main__':

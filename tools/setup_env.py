@@ -52,13 +52,12 @@ ENVIRONMENTS = {
     'common': Environment((3, 8), ROOT / 'requirements-common.txt', ROOT / '.venv-common'),
 }
 
-# Two wheels of mmcv are interchangeable only if interpreter, machine, torch build, and CUDA or not, agree.
+# Two wheels of mmcv are interchangeable only if these agree, and what their operators are built for.
 BUILD_KEY_CODE = """
-import os, sys, platform, torch
-cuda = torch.version.cuda and (torch.cuda.is_available() or os.getenv('FORCE_CUDA', '0') == '1')
-name = torch.cuda.get_device_name().replace(' ', '_') if torch.cuda.is_available() else 'any'
-ops = f'cu{torch.version.cuda}-{name}' if cuda else 'cpu'
-print('-'.join(['cp%d%d' % sys.version_info[:2], platform.machine(), 'torch' + torch.__version__, ops]))
+import sys, platform, torch
+print('-'.join(['cp%d%d' % sys.version_info[:2], platform.machine(), 'torch' + torch.__version__]))
+print(torch.version.cuda or '')
+print(torch.cuda.get_device_name().replace(' ', '_') if torch.cuda.is_available() else '')
 """
 
 CHECK_CODE = 'import mmcv.ops; from mmdet_ce.environment import describe_versions as d; print(d())'
@@ -91,7 +90,8 @@ def fingerprint(env: Environment) -> str:
 
 def pip(env: Environment, what: str, *args: str, **variables: str) -> None:
     """Run the environment's pip as one step of the set-up; its output goes into a log."""
-    start, log = time.monotonic(), env.venv / 'setup.log'
+    start = time.monotonic()
+    log = env.venv / 'setup.log'
     command = [str(env.interpreter), '-m', 'pip', '--disable-pip-version-check', *args]
     print(f'setup: {what} ...', end='', flush=True)
     with open(log, 'a') as output:
@@ -103,19 +103,39 @@ def pip(env: Environment, what: str, *args: str, **variables: str) -> None:
         fail(f'pip failed: {" ".join(command)}; the end of its output is above, all of it in {log}')
 
 
+def operators(cuda: str, gpu: str) -> str:
+    """Return what mmcv's operators are built for, given torch's CUDA version and the GPU, '' for none."""
+    if os.environ.get('FORCE_CUDA') == '1':
+        return f'cu{cuda}-{gpu}'
+    if not gpu:
+        return 'cpu'
+    major = cuda.split('.')[0]
+    compiler = shutil.which('nvcc')
+    version = subprocess.run([compiler, '--version'], stdout=subprocess.PIPE, text=True).stdout if compiler else ''
+    if f'release {major}.' in version:
+        return f'cu{cuda}-{gpu}'
+    print(
+        f"setup: no nvcc of CUDA {major} on the path: mmcv's operators are built for the CPU, enough for make gpu. "
+        'To train detectors on the GPU install nvcc, remove the environment, and run make setup again'
+    )
+    return 'cpu'
+
+
 def mmcv_wheel(env: Environment) -> Path:
     """Return mmcv's wheel from the cache, built first if it is not there."""
     command = [str(env.interpreter), '-W', 'ignore', '-c', BUILD_KEY_CODE]
-    key = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    key, cuda, gpu = printed.splitlines()
+    built_for = operators(cuda, gpu)
     cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
-    folder = cache / 'mmdet_ce' / f'{env.pinned("mmcv").replace("==", "")}-{key.stdout.strip()}'
+    folder = cache / 'mmdet_ce' / f'{env.pinned("mmcv").replace("==", "")}-{key}-{built_for}'
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / 'lock', 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another set-up may be building it
-        return next(folder.glob('mmcv-*.whl'), None) or build_mmcv(env, folder)
+        return next(folder.glob('mmcv-*.whl'), None) or build_mmcv(env, folder, built_for)
 
 
-def build_mmcv(env: Environment, folder: Path) -> Path:
+def build_mmcv(env: Environment, folder: Path, built_for: str) -> Path:
     """Compile mmcv with its operators into ``folder``, by precompiled_cxx.py: in 3 minutes instead of 16."""
     scratch = folder / 'build'
     shutil.rmtree(scratch, ignore_errors=True)  # of a build that was interrupted
@@ -131,6 +151,8 @@ def build_mmcv(env: Environment, folder: Path) -> Path:
         MMDET_CE_HEADER=str(header),
         TORCH_DONT_CHECK_COMPILER_ABI='1',
     )
+    if built_for == 'cpu':
+        variables['CUDA_VISIBLE_DEVICES'] = ''  # mmcv builds for every GPU that it sees
     arguments = ('-v', '--no-deps', '--no-build-isolation', '--no-binary', 'mmcv', '--no-cache-dir', '-w', str(scratch))
     pip(env, 'compiling mmcv with its operators, 2 to 4 minutes', 'wheel', *arguments, env.pinned('mmcv'), **variables)
     (built,) = scratch.glob('mmcv-*.whl')
@@ -139,15 +161,24 @@ def build_mmcv(env: Environment, folder: Path) -> Path:
     return wheel
 
 
-def install_apart(env: Environment, name: str) -> None:
-    """Put the pins of requirements-NAME.txt, which only some tests need, into the folder NAME of the venv, once."""
-    requirements = ROOT / f'requirements-{name}.txt'
-    folder, pins = env.venv / name, requirements.read_text()
+def check_torchvision(env: Environment) -> None:
+    """Remove torchvision where it does not load, as PyPI's beside a CPU build of torch: mmengine would stop there."""
+    command = [str(env.interpreter), '-W', 'ignore', '-c', 'import torchvision']
+    if subprocess.run(command, stderr=subprocess.DEVNULL).returncode:
+        what = 'torchvision does not load beside this torch and is removed; torchvision:// weights need it'
+        pip(env, what, 'uninstall', '--yes', 'torchvision')
+
+
+def install_imagenet(env: Environment) -> None:
+    """Put the pins of requirements-imagenet.txt into the folder imagenet of the environment, once."""
+    requirements = ROOT / 'requirements-imagenet.txt'
+    folder = env.venv / 'imagenet'
+    pins = requirements.read_text()
     stamp = folder / '.pins'
     if stamp.is_file() and stamp.read_text() == pins:
         return
     shutil.rmtree(folder, ignore_errors=True)
-    what = f'what the {name} tests need, into {folder}'
+    what = f'what the ImageNet tests need, into {folder}'
     pip(env, what, 'install', '--no-deps', '--target', str(folder), '-r', str(requirements))
     stamp.write_text(pins)
 
@@ -157,14 +188,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('environment', nargs='?', choices=[*ENVIRONMENTS], default='newest', help='(default: newest)')
     parser.add_argument('--imagenet', action='store_true', help='with what the ImageNet tests need')
-    parser.add_argument('--kernels', action='store_true', help='with Triton, for the tests of the kernels')
     args = parser.parse_args()
     env = ENVIRONMENTS[args.environment]
     if not (env.stamp.is_file() and env.stamp.read_text() == fingerprint(env)):
         set_up(env)
-    for name in ('imagenet', 'kernels'):
-        if getattr(args, name):
-            install_apart(env, name)
+    if args.imagenet:
+        install_imagenet(env)
 
 
 def set_up(env: Environment) -> None:
@@ -177,6 +206,7 @@ def set_up(env: Environment) -> None:
     pip(env, '2/4 mmcv', 'install', '--no-deps', str(mmcv_wheel(env)))
     # --no-deps: the requirements are the whole list, with opencv-python-headless, which needs no libGL on the machine.
     pip(env, '3/4 mmengine, mmdet and the rest', 'install', '--no-deps', '-r', str(env.requirements))
+    check_torchvision(env)
     pip(env, '4/4 mmdet_ce, editable', 'install', '--no-deps', '--no-build-isolation', '-e', str(ROOT))
     command = [str(env.interpreter), '-W', 'ignore', '-c', CHECK_CODE]
     check = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)

@@ -1,65 +1,57 @@
-"""The benchmark's yardstick computes what CE computes, its rivals take part, and the tool prints its tables."""
+"""The benchmark's report has a row for each candidate; what fails is named, and the rest is measured."""
 
 from __future__ import annotations
 
-import copy
-
 import benchmark_ce
+import benchmark_steps
 import pytest
 import torch
-from benchmark import models
-from utils import assert_agree, call, randomize
-
-from mmdet_ce import CEResNet, ChannelEquilibrium
+from utils import call
 
 
-@pytest.mark.parametrize('training', [True, False])
-def test_released_form_equals_the_block(training):
-    ce = randomize(ChannelEquilibrium(32)).double().train(training)
-    released = models.ReleasedForm(copy.deepcopy(ce))
-    x = torch.randn(2, 32, 6, 5, dtype=torch.float64)
-    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
-    out, expected = ce(a), released(b)
-    out.square().sum().backward(), expected.square().sum().backward()
-    assert_agree(out, expected, 1e-9)
-    assert_agree(a.grad, b.grad, 1e-9)
+def rows(printed: str) -> list[list[str]]:
+    """Return the cells of the report's rows below the head."""
+    lines = [line for line in printed.splitlines() if line.startswith('| ')]
+    return [line.strip('| ').split(' | ') for line in lines[2:]]
 
 
-def test_released_backbone_equals_ours():
-    backbone = randomize(CEResNet(depth=18, base_channels=16)).eval()
-    x = torch.randn(1, 3, 32, 32)
-    for a, b in zip(backbone(x), models.with_released_form(backbone)(x)):
-        assert_agree(a, b, 1e-4)
-
-
-@pytest.mark.parametrize('depth', [18, 50])
-@pytest.mark.parametrize(('rival', 'parameter'), [('gc', 'channel_add_conv.3.bias'), ('se', 'conv2.conv.bias')])
-def test_a_rival_takes_part_in_every_block_that_has_one(depth, rival, parameter):
-    network = models.RivalResNet(depth, rival)
-    network.eval()  # mmdet's returns nothing
-    x = torch.randn(1, 3, 32, 32)
-    with_rival = [name for name, _ in network.named_parameters() if name.endswith(f'1.{parameter}') and '.bn' in name]
-    assert len(with_rival) == sum(network.stage_blocks[rival == 'gc' :])
-    for name in with_rival:
-        before = network(x)[-1]
-        with torch.no_grad():
-            network.get_parameter(name).add_(1)
-        assert not torch.allclose(network(x)[-1], before), name
-
-
-@pytest.mark.slow
-def test_command_prints_a_table_for_each_comparison(capsys, monkeypatch):
-    monkeypatch.setattr(benchmark_ce, 'BLOCKS', {(2, 32, 64, 64): 16})
-    arguments = ['--depth', 18, '--size', 64, 64, '--rounds', 2, '--rivals']
+@pytest.mark.parametrize('what, measured', [('backbone', 1), ('block', 3), ('host', 2)])
+def test_every_candidate_has_a_row_in_every_mode(capsys, what, measured):
+    arguments = ['--what', what, '--network', 'demo', '--size', 64, 64, '--rounds', 2, '--threads', 1]
     assert call(benchmark_ce.main, *arguments) is None
-    printed = capsys.readouterr().out
-    assert f'torch {torch.__version__}' in printed
-    tables = printed.split('\n\n| |')[1:]
-    assert len(tables) == 2
-    names = [[line.split(' | ')[0] for line in table.splitlines()[2:] if line.startswith('| ')] for table in tables]
-    assert names[0] == ['| CE, released form', '| CE', '| BatchNorm2d']
-    assert {'| plain ResNet', '| CE', '| CE, released form', '| plain + SE', '| plain + ContextBlock'} <= set(names[1])
-    for table in tables:
-        for line in (line for line in table.splitlines()[2:] if line.startswith('| ')):
-            cells = line.strip('| ').split(' | ')
-            assert len(cells) == 7 and all(float(cell.split()[0]) > 0 for cell in cells[1:5])
+    table = rows(capsys.readouterr().out)
+    assert [row[1] for row in table] == ['plain', 'CE'] * measured * len(benchmark_ce.MODES)
+    for mode in benchmark_ce.MODES:
+        ratios = [float(row[3].split()[0]) for row in table if f'{what}, {mode}, float32' in row[0]]
+        assert ratios[::2] == [1] * measured and all(ratio > 0 for ratio in ratios)
+
+
+def test_what_a_step_takes_is_counted():
+    """Of the plain end of a block: h, the norm's input and the ReLU's output are kept. Views start nothing."""
+    h, shortcut = torch.randn(2, 8, 16, 16), torch.randn(2, 32, 16, 16)
+    block = benchmark_ce.BlockEnd(8, with_ce=False).eval()
+    step = benchmark_steps.Step(block, [h, shortcut], inference=False, dtype='float32')
+    step()
+    assert step.bytes_kept() == h.nbytes + 2 * shortcut.nbytes
+    assert step.operations().startswith('4 + ')
+    with benchmark_steps.Operations() as operations:
+        h.flatten(1).t().add(1)
+    assert operations.count == 1
+
+
+def test_what_fails_is_named_and_the_rest_is_measured(capsys, monkeypatch):
+    def fail(*_):
+        raise RuntimeError('out of memory\nand more')
+
+    monkeypatch.setattr(benchmark_steps, 'failures', [])
+    monkeypatch.setattr(benchmark_steps, 'profile', fail)
+    arguments = ['--what', 'profile', 'host', '--mode', 'coco', '--rounds', 2]
+    assert call(benchmark_ce.main, *arguments) == 'error: 1 measurements failed; each is named above'
+    table = rows(capsys.readouterr().out)
+    assert table[0] == ['profile, coco, float32', 'failed: RuntimeError: out of memory'] and len(table) == 5
+
+
+def test_no_gpu_is_an_error():
+    if torch.cuda.is_available():
+        pytest.skip('for machines without a GPU')
+    assert 'sees no CUDA device; nothing was measured' in call(benchmark_ce.main, '--device', 'cuda')
