@@ -46,8 +46,11 @@ def test_ce_follows_norm_eval_and_frozen_stages(norm_eval, ce_eval, frozen_stage
 def test_checkpointing(name, arguments, norm_eval):
     """The same gradients; CE's running values move once; those of a block's norms as often as in mmdet's block."""
     arguments = dict(arguments, norm_eval=norm_eval)
-    ours = randomize(MODELS.build(dict(type=f'CE{name}', ce_eval=False, **arguments))).train()
-    checkpointed = MODELS.build(dict(type=f'CE{name}', ce_eval=False, with_cp=True, **arguments)).train()
+    with_ce = dict(type=f'CE{name}', ce_eval=False, **arguments)
+    if name == 'ResNeXt':
+        with_ce.update(ce_position='after_norm2')  # torch stops a recomputation before the last operation of a block
+    ours = randomize(MODELS.build(with_ce)).train()
+    checkpointed = MODELS.build(dict(with_ce, with_cp=True)).train()
     checkpointed.load_state_dict(ours.state_dict())
     x = torch.randn(2, 3, 48, 64)
     for backbone in (ours, checkpointed):
