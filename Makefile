@@ -21,9 +21,18 @@ setup:
 	  "not found; install it or name it: make PYTHON=/path/to/python$(PYTHON_VERSION) $(MAKECMDGOALS)"; exit 1; }
 	@$(PYTHON) tools/setup_env.py $(VERSIONS)
 
-# Train a small CE detector on a generated data set, benchmark it, print COCO mAP.
+# Train a small CE detector on a generated data set, test it, draw what it finds. The plain network's figures are means
+# of seeds 0, 1, 2 (docs/does_it_help.md).
+DEMO := configs/demo/mask-rcnn_r18-ce_fpn_8e_shapes.py
 demo: setup
-	@$(VENV)/bin/python -W ignore tools/demo.py
+	@test -d data/shapes || $(VENV)/bin/python tools/make_shapes_dataset.py
+	rm -rf work_dirs/demo
+	$(VENV)/bin/python -W ignore tools/train.py $(DEMO) --work-dir work_dirs/demo
+	$(VENV)/bin/python -W ignore tools/test.py $(DEMO) work_dirs/demo/epoch_8.pth --work-dir work_dirs/demo \
+	  --show-dir detections
+	@echo "Box and mask mAP of the network with CE: above, coco/bbox_mAP and coco/segm_mAP."
+	@echo "The plain network: 0.430 and 0.455 from MMDetection's start, 0.589 and 0.599 with zero_init_residual=False."
+	@echo "Each validation image with its labels and its detections: $$(ls -d work_dirs/demo/*/detections)"
 
 test: setup $(if $(filter newest,$(VERSIONS)),lint)
 	@$(VENV)/bin/python tools/setup_env.py $(VERSIONS) --imagenet

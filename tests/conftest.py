@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from mmdet.utils import register_all_modules
+from released import FOLDER
 
 from mmdet_ce.environment import describe_versions
 
@@ -44,20 +44,8 @@ def _mmdet_scope() -> None:
 
 @pytest.fixture(scope='session')
 def golden() -> Path:
-    """The folder of values computed by the released code; not part of the repository."""
-    folder = SHARED / 'golden'
-    if not folder.is_dir():
-        pytest.skip(f'golden values of the released code not found at {folder}')
-    return folder
-
-
-@pytest.fixture(scope='session')
-def fill(golden: Path):
-    """The function that gave each tensor of the golden ResNet-50 its values, by released name."""
-    spec = importlib.util.spec_from_file_location('golden_fill', golden / 'fill.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.fill
+    """The folder of values computed by the released code."""
+    return FOLDER
 
 
 @pytest.fixture(scope='session')

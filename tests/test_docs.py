@@ -1,4 +1,4 @@
-"""The documents against the code: files, links, functions, arguments, commands and versions that they name exist."""
+"""The documents against the code: the files, links and arguments that they name exist; the configs in them work."""
 
 from __future__ import annotations
 
@@ -19,8 +19,6 @@ PAGES = [
     *sorted((ROOT / 'docs').glob('*.md')),
 ]
 README, USAGE, YOUR_DATA = (ROOT / name for name in ('README.md', 'docs/usage.md', 'docs/your_data.md'))
-MATHEMATICS = ROOT / 'docs/channel_equilibrium.md'
-ORACLE = ROOT / 'mmdet_ce/ops/reference.py'
 
 every_page = pytest.mark.parametrize('page', PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 
@@ -69,14 +67,6 @@ def test_files_that_are_named_exist(page):
     assert not missing
 
 
-def test_the_mathematics_quotes_the_oracle():
-    quotes = re.findall(r'^    (\S.*?)\s+# mmdet_ce/ops/reference\.py$', MATHEMATICS.read_text(), flags=re.M)
-    lines = [line.strip() for line in ORACLE.read_text().splitlines()]
-    missing = [quote for quote in quotes if not any(line.startswith(quote) for line in lines)]
-    assert len(quotes) >= 10
-    assert not missing
-
-
 @pytest.mark.parametrize('name', ['CEResNet', 'ChannelEquilibrium'])
 def test_every_argument_is_in_the_usage_page(name):
     documented, parameters = argument_tables(USAGE)[name], own_parameters(getattr(mmdet_ce, name))
@@ -84,25 +74,6 @@ def test_every_argument_is_in_the_usage_page(name):
     for argument, default in documented.items():
         if default != 'first three stages':  # None stands for it
             assert eval(default) == parameters[argument].default, argument
-
-
-@every_page
-def test_commands_have_the_options_that_are_named(page):
-    text = re.sub(r'\\\n', ' ', page.read_text())
-    for tool, arguments in re.findall(r'^(?:\w+=\S+ )*python ((?:tools|docs)/\S+\.py)(.*)$', text, flags=re.M):
-        if tool not in ('tools/train.py', 'tools/test.py'):  # mmdet's own options
-            options = re.findall(r'(--[\w-]+)', arguments.partition(' # ')[0])
-            missing = [option for option in options if f"'{option}'" not in (ROOT / tool).read_text()]
-            assert not missing, tool
-
-
-@every_page
-def test_make_targets_exist(page):
-    lines = re.findall(r'^([\w -]+):', (ROOT / 'Makefile').read_text(), flags=re.M)
-    targets = {target for line in lines for target in line.split()}
-    code = [*blocks(page, 'bash'), *re.findall(r'`(make [^`]+)`', page.read_text())]
-    named = {target for piece in code for target in re.findall(r'^make ([\w-]+)', piece, flags=re.M)}
-    assert named <= targets
 
 
 def test_the_config_in_the_readme_works():

@@ -16,6 +16,14 @@ from mmdet_ce import ChannelEquilibrium
 from mmdet_ce.compat import FEATURES, TORCH
 from mmdet_ce.ops.reference import ReferenceOutput, channel_equilibrium_reference
 
+# mmdet's name of each backbone, and arguments that keep it small
+FAMILY = [
+    ('ResNet', dict(depth=18, base_channels=16)),
+    ('ResNetV1d', dict(depth=50, base_channels=16, stem_channels=16)),
+    ('ResNeXt', dict(depth=50, groups=4, base_width=4, base_channels=16)),
+    ('MobileNetV2', dict(widen_factor=0.5)),
+]
+
 
 def needs(feature: str) -> pytest.MarkDecorator:
     """Skip tests of what an older torch lacks, one of ``mmdet_ce.compat.FEATURES``."""

@@ -1,41 +1,52 @@
-"""Train configs, each with several seeds, and compare them: a table of mAP, results.json, a figure of curves.
+"""Train configs, each with several seeds, and compare them: a table of mAP, and a row for each training in a CSV file.
 
     python tools/compare.py mask-rcnn_r50-ce_fpn_1x_coco mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py --gpus 8
-    python tools/compare.py --run plain CONFIG KEY=VALUE --run ce CONFIG KEY=VALUE ... --seeds 0 1 2
+    python tools/compare.py --run ce CONFIG --run plain CONFIG model.backbone.ce_cfg=None --seeds 0 1 2
 
-The same command continues after a stop: what is tested is not run again, what was begun is resumed.
+The same command continues after a stop: finished runs are skipped, interrupted runs resume.
+
+The plain network is MMDetection's ResNet with its own defaults. From scratch they start the last norm of each block at
+zero, which CE does not; there, add the other start under a name of its own: --run plain-nonzero CONFIG
+model.backbone.ce_cfg=None model.backbone.zero_init_residual=False.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import platform
 import re
+import shlex
+import signal
 import statistics
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from command_line import exit_on_problems, read_config
 
 from checks import find_problems
-from child_process import TOOLS, run_logged
-from matplotlib.figure import Figure
 from mmengine.config import Config, DictAction
 from mmengine.hub import get_config
 
 from mmdet_ce.environment import describe_versions
 
-ROOT = TOOLS.parent
+TOOLS = Path(__file__).resolve().parent
+SECONDS_BETWEEN_LINES = 30  # that say how far a training is
+PROGRESS = re.compile(r'(?:Epoch|Iter)\((train|test)\) +(\[.*\]) .*eta: (\S+(?: days?, \S+)?)')
 
 
-class Training(NamedTuple):
+@dataclass(frozen=True)
+class Training:
     """One seed of a run, in a folder of its own; its config lies beside the folder."""
 
     name: str
+    config_name: str
+    options: list[str]
     seed: int
     cfg: Config
     folder: Path
@@ -50,11 +61,6 @@ class Training(NamedTuple):
         """What is there once it is trained and tested."""
         return self.folder / 'result.json'
 
-    def records(self) -> list[dict[str, Any]]:
-        """Return what was logged, over all starts."""
-        files = sorted(self.folder.glob('*/vis_data/scalars.json'))  # in folders named by the time of the start
-        return [json.loads(line) for file in files for line in file.read_text().splitlines() if line.endswith('}')]
-
 
 def load(name: str, options: list[str]) -> Config:
     """Return the config of a path, of a name under configs/, or of an installed package (mmdet::...)."""
@@ -65,104 +71,117 @@ def load(name: str, options: list[str]) -> Config:
         cfg = get_config(name)
         cfg.merge_from_dict(options)
         return cfg
-    shipped = [path for path in (ROOT / 'configs').glob('*/*.py') if path.stem == Path(name).stem]
+    shipped = [path for path in TOOLS.parent.glob('configs/*/*.py') if path.stem == Path(name).stem]
     return read_config(shipped[0] if shipped and not Path(name).is_file() else name, options)
 
 
-def command(args: argparse.Namespace, tool: str, training: Training, *positional: Any) -> list[str]:
-    """Return the command line of a training or a test ('train' or 'test')."""
-    if args.launcher == 'slurm':
-        start = [TOOLS / f'slurm_{tool}.sh', args.partition, training.name, training.config, *positional]
-    elif args.gpus > 1:
-        start = [TOOLS / f'dist_{tool}.sh', training.config, *positional, args.gpus]
-    else:
-        start = [sys.executable, '-W', 'ignore', TOOLS / f'{tool}.py', training.config, *positional]
-    return list(map(str, start))
-
-
-def run(args: argparse.Namespace, training: Training) -> None:
-    """Train and test, and write the result; continue what was begun."""
-    folder, log = training.folder, training.folder / 'output.txt'
-    print(f'{training.name}, seed {training.seed}: its output goes to {log}', flush=True)
-    path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ.get("PATH", "")}'  # the scripts call python
-    env = {**os.environ, 'PATH': path, 'GPUS': str(args.gpus)}
-    place = [folder] if args.launcher == 'slurm' else []
-    run_logged([*command(args, 'train', training, *place), '--work-dir', str(folder), '--resume'], log, env=env)
+def train_and_test(training: Training, num_gpus: int) -> None:
+    """Train and test, and write the result; resume a training that was interrupted."""
+    folder = training.folder
+    log = folder / 'output.txt'
+    run_tool('train.py', [training.config, '--work-dir', folder, '--resume'], num_gpus, log)
     checkpoint = folder / Path((folder / 'last_checkpoint').read_text().strip()).name
-    run_logged([*command(args, 'test', training, checkpoint), '--work-dir', str(folder / 'test')], log, env=env)
-    metrics = json.loads(sorted(folder.glob('test/*/*.json'))[-1].read_text())
-    times = [record['time'] for record in training.records() if 'loss' in record]
+    run_tool('test.py', [training.config, checkpoint, '--work-dir', folder / 'test'], num_gpus, log)
+    figures = json.loads(sorted(folder.glob('test/*/*.json'))[-1].read_text())
+    steps = [record for record in read_records(folder) if 'loss' in record]
+    times = [record['time'] for record in steps]
     result = dict(
-        metrics={key: value for key, value in metrics.items() if key.endswith(('mAP', 'mAP_50'))},
+        run=training.name,
+        config=training.config_name,
+        options=shlex.join(training.options),
+        seed=training.seed,
+        iterations=steps[-1]['step'],
         seconds_per_iteration=statistics.median(times[len(times) // 4 :]),  # the first quarter warms up
-        environment=environment(log),
+        environment=describe_environment(log),
+        metrics={name: value for name, value in figures.items() if name not in ('data_time', 'time')},
     )
     training.result.write_text(json.dumps(result, indent=1))
 
 
-def environment(log: Path) -> str:
+def run_tool(name: str, arguments: list[Any], num_gpus: int, log: Path) -> None:
+    """Run tools/<name>, append its output to a file and say how far it is; exit if it fails."""
+    command = [sys.executable, '-W', 'ignore']
+    if num_gpus > 1:
+        command += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={num_gpus}']
+        arguments = [*arguments, '--launcher', 'pytorch']
+    command += map(str, [TOOLS / name, *arguments])
+    with open(log, 'a') as output:
+        start = output.tell()
+        process = subprocess.Popen(command, stdout=output, stderr=output)
+    shown = ''
+    try:
+        while process.poll() is None:
+            try:
+                process.wait(SECONDS_BETWEEN_LINES)
+            except subprocess.TimeoutExpired:
+                line = describe_progress(log.read_text(errors='replace')[start:])
+                if line != shown:
+                    print(line, flush=True)
+                shown = line
+    except KeyboardInterrupt:
+        process.wait()  # the terminal has interrupted it as well
+        raise
+    finally:
+        process.terminate()
+    if process.returncode:
+        print(*log.read_text(errors='replace').splitlines()[-20:], sep='\n', file=sys.stderr)
+        sys.exit(f'error: {shlex.join(command)} failed; its whole output: {log}')
+
+
+def describe_progress(output: str) -> str:
+    """Return the epoch and iteration that a tool printed last, and the time left; '' if it has not begun."""
+    lines = PROGRESS.findall(output)
+    return '  {}: {}, {} left'.format(*lines[-1]) if lines else ''
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """Return what a training logged, over all starts."""
+    files = sorted(folder.glob('*/vis_data/scalars.json'))  # in folders named by the time of the start
+    return [json.loads(line) for file in files for line in file.read_text().splitlines() if line.endswith('}')]
+
+
+def describe_environment(log: Path) -> str:
     """Return commit, versions and hardware: the GPUs that a training's log names, else this machine's processor."""
-    described = ['git', '-C', str(ROOT), 'describe', '--always', '--dirty']
+    described = ['git', '-C', str(TOOLS), 'describe', '--always', '--dirty']
     commit = subprocess.run(described, capture_output=True, text=True).stdout.strip() or 'unknown'
-    gpus = sorted(set(re.findall(r'^ +(GPU [\d,]+: .+)$', log.read_text(errors='replace'), flags=re.M)))
-    return f'commit {commit}; {describe_versions()}; {", ".join(gpus) or processor()}'
-
-
-def processor() -> str:
-    """Name this machine's processor."""
+    hardware = sorted(set(re.findall(r'^ +(GPU [\d,]+: .+)$', log.read_text(errors='replace'), flags=re.M)))
     info = Path('/proc/cpuinfo')
-    names = re.findall(r'model name\s*: (.+)', info.read_text()) if info.is_file() else []
-    return f'{names[0] if names else platform.machine()}, {os.cpu_count()} cores'
+    if not hardware and info.is_file():
+        hardware = re.findall(r'model name\s*: (.+)', info.read_text())[:1]
+    return (
+        f'commit {commit}; {describe_versions()}; {", ".join(hardware) or platform.machine()}, {os.cpu_count()} cores'
+    )
 
 
-def table(results: dict[str, dict[int, dict[str, Any]]]) -> str:
-    """Return the results in Markdown: of each figure the mean and, of several seeds, the standard deviation."""
-    runs = {name: list(seeds.values()) for name, seeds in results.items()}
-    metrics = list(dict.fromkeys(metric for run in runs.values() for one in run for metric in one['metrics']))
-    lines = ['| |', '| --- |']
-    for column in [*(metric.rpartition('/')[2] for metric in metrics), 'seconds an iteration']:
-        lines = [f'{lines[0]} {column} |', f'{lines[1]} --- |']
-    for name, run in runs.items():
-        cells = [[one['metrics'][metric] for one in run if metric in one['metrics']] for metric in metrics]
-        cells = [*cells, [one['seconds_per_iteration'] for one in run]]
-        lines.append(f'| {name} | {" | ".join(map(mean_and_spread, cells))} |')
-    seeds = sorted({seed for seeds in results.values() for seed in seeds})
+def write_csv(results: list[dict[str, Any]], path: Path) -> None:
+    """Write a row for each training, with all figures of its test."""
+    rows = [{**result, **result['metrics']} for result in results]
+    columns = dict.fromkeys(column for row in rows for column in row if column != 'metrics')
+    with open(path, 'w', newline='') as file:
+        writer = csv.DictWriter(file, columns, extrasaction='ignore')
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Return the mAPs in Markdown, or all figures where none is an mAP: mean and standard deviation over the seeds."""
+    figures = dict.fromkeys(figure for result in results for figure in result['metrics'])
+    figures = [name for name in figures if name.endswith(('mAP', 'mAP_50'))] or list(figures)
+    lines = [f'| | {" | ".join(figures)} | seconds an iteration |', '| --- ' * (len(figures) + 2) + '|']
+    for run in dict.fromkeys(result['run'] for result in results):
+        seeds = [result for result in results if result['run'] == run]
+        cells = [[seed['metrics'][name] for seed in seeds if name in seed['metrics']] for name in figures]
+        cells.append([seed['seconds_per_iteration'] for seed in seeds])
+        lines.append(f'| {run} | {" | ".join(map(mean_and_spread, cells))} |')
+    seeds = sorted({result['seed'] for result in results})
     lines += ['', f'Seeds {", ".join(map(str, seeds))}; mean ± standard deviation.', '']
-    return '\n'.join([*lines, *sorted({one['environment'] for run in runs.values() for one in run}), ''])
+    return '\n'.join([*lines, *sorted({result['environment'] for result in results}), ''])
 
 
 def mean_and_spread(values: list[float]) -> str:
     """Return the mean of values, and where there are several their standard deviation."""
     spread = f' ± {statistics.stdev(values):.3f}' if len(values) > 1 else ''
     return f'{statistics.mean(values):.3f}{spread}' if values else '-'
-
-
-def draw(trainings: list[Training], path: Path) -> None:
-    """Draw loss and mAP over the epochs, a line for each training in the colour of its run."""
-    curves: dict[str, list[tuple[str, dict[int, float]]]] = {}
-    for training in trainings:
-        records, losses = training.records(), {}
-        for record in records:
-            if 'loss' in record:
-                losses.setdefault(record.get('epoch', record['step']), []).append(record['loss'])
-        curves.setdefault('training loss', []).append(
-            (training.name, {epoch: statistics.mean(values) for epoch, values in losses.items()})
-        )
-        for metric in dict.fromkeys(key for record in records for key in record if key.endswith('mAP')):
-            points = {record['step']: record[metric] for record in records if metric in record}
-            curves.setdefault(metric.rpartition('/')[2], []).append((training.name, points))
-    figure = Figure(figsize=(5 * len(curves), 4), layout='constrained')
-    colors = {name: f'C{index}' for index, name in enumerate(dict.fromkeys(training.name for training in trainings))}
-    for axis, (title, lines) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items()):
-        seen = set()
-        for name, points in lines:
-            axis.plot(*zip(*sorted(points.items())), '.-', color=colors[name], label=None if name in seen else name)
-            seen.add(name)
-        axis.set(title=title, xlabel='epoch')
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.grid(alpha=0.3)
-    figure.axes[0].legend()
-    figure.savefig(path, dpi=120)
 
 
 def parse_args() -> argparse.Namespace:
@@ -176,13 +195,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--seeds', type=int, nargs='+', default=[0], help='(default: 0)')
     parser.add_argument('--cfg-options', nargs='+', default=[], metavar='KEY=VALUE', help='options of every training')
     parser.add_argument('--gpus', type=int, default=1, help='of each training (default: 1, or the CPU)')
-    parser.add_argument('--launcher', choices=['slurm'], help='default: none, or torch for several GPUs')
-    parser.add_argument('--partition', default='', help="Slurm's partition")
     parser.add_argument('--out-dir', type=Path, default=Path('work_dirs/compare'), help='(default: %(default)s)')
     args = parser.parse_args()
     args.run = [*([Path(config).stem, config] for config in args.configs), *args.run]
     args.runs = {run[0]: run[1:] for run in args.run}
-    if not args.runs or len(args.runs) < len(args.run):
+    if not args.runs or len(args.runs) < len(args.run) or not all(args.runs.values()):
         parser.error('expected a config or more, each with a name of its own; --run NAME CONFIG gives names')
     options = [option for _, *options in args.runs.values() for option in options] + args.cfg_options
     if wrong := [option for option in options if '=' not in option]:
@@ -190,30 +207,41 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def main() -> None:
-    """Command line."""
-    args = parse_args()
-    trainings, problems = [], []
+def plan(args: argparse.Namespace) -> list[Training]:
+    """Return all trainings, the first seed of each run first; exit if there is a problem with one of them."""
+    trainings = []
+    problems = []
     for seed in dict.fromkeys(args.seeds):
         for name, (config, *options) in args.runs.items():
-            cfg = load(config, [*args.cfg_options, *options, f'randomness.seed={seed}'])
-            trainings.append(Training(name, seed, cfg, args.out_dir / name / f'seed_{seed}'))
-    for training in trainings:
-        problems += find_problems(training.cfg, ['train', 'val', 'test']) if training.seed == args.seeds[0] else []
-        if training.config.is_file() and training.config.read_text() != training.cfg.pretty_text:
-            problems.append(f'{training.config} is another config; move it and its folder, or name another --out-dir')
+            options = [*args.cfg_options, *options]
+            cfg = load(config, [*options, f'randomness.seed={seed}'])
+            folder = args.out_dir / name / f'seed_{seed}'
+            training = Training(name=name, config_name=config, options=options, seed=seed, cfg=cfg, folder=folder)
+            trainings.append(training)
+            if seed == args.seeds[0]:  # the seeds differ in nothing that is looked at
+                problems += find_problems(cfg, ['train', 'val', 'test'])
+            if training.config.is_file() and training.config.read_text() != cfg.pretty_text:
+                problems.append(f'{training.config} is another config; move it and its folder, or change --out-dir')
     exit_on_problems(list(dict.fromkeys(problems)))
-    results: dict[str, dict[int, dict[str, Any]]] = {}
-    for training in trainings:
+    return trainings
+
+
+def main() -> None:
+    """Command line."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # and end the training on the way
+    args = parse_args()
+    trainings = plan(args)
+    results = []
+    for index, training in enumerate(trainings):
         training.folder.mkdir(parents=True, exist_ok=True)
         training.config.write_text(training.cfg.pretty_text)
         if not training.result.is_file():
-            run(args, training)
-        results.setdefault(training.name, {})[training.seed] = json.loads(training.result.read_text())
-    (args.out_dir / 'results.json').write_text(json.dumps(results, indent=1))
-    (args.out_dir / 'table.md').write_text(table(results))
-    draw(trainings, args.out_dir / 'curves.png')
-    print(table(results), f'written: table.md, results.json and curves.png in {args.out_dir}', sep='\n')
+            print(f'{index + 1} of {len(trainings)}: {training.name}, seed {training.seed}; ', end='')
+            print(f'its output goes to {training.folder / "output.txt"}', flush=True)
+            train_and_test(training, args.gpus)
+        results.append(json.loads(training.result.read_text()))
+        write_csv(results, args.out_dir / 'results.csv')
+    print(table(results), f'written: {args.out_dir / "results.csv"}', sep='\n')
 
 
 if __name__ == '__main__':

@@ -1,5 +1,7 @@
 """Write the demo's data set: coloured shapes on textured backgrounds, with instance masks, in COCO format.
 
+    python tools/make_shapes_dataset.py     writes data/shapes
+
 Deterministic: the same arguments give the same images and annotations. Classes are told apart by outline alone (colour
 and texture are random), shapes overlap, and annotations cover the visible part.
 """
@@ -105,3 +107,7 @@ def make_dataset(folder: Path, train: int = 400, val: int = 80, size: int = 128,
         scratch.rename(folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+if __name__ == '__main__':
+    make_dataset(Path('data/shapes'))

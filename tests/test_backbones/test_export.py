@@ -10,7 +10,6 @@ from mmdet.registry import MODELS
 from utils import assert_agree, needs, randomize, unset_statistics
 
 from mmdet_ce.compat import TORCH
-from mmdet_ce.ops.precision import is_tracing
 
 pytestmark = pytest.mark.xdist_group('export')  # one worker, one export
 needs_export = needs('torch.export and export to ONNX')
@@ -107,19 +106,12 @@ def exported(model: torch.nn.Module, x: torch.Tensor) -> torch.nn.Module:
     return torch.export.export(model, (x,)).module()
 
 
-@pytest.mark.parametrize('name, depth', [('CEResNet', 18), ('CEResNeXt', 50)])
 @pytest.mark.parametrize('record', [torch.jit.trace, pytest.param(exported, marks=needs_export)])
-def test_a_backbone_is_recorded_before_its_first_forward_pass(name, depth, record):
+def test_a_backbone_is_recorded_before_its_first_forward_pass(record):
     """The look at CE's statistics is no part of what is recorded, and is left for the first pass that is not."""
-    cfg, x = dict(type=name, depth=depth, **ONE_STAGE), torch.randn(1, 3, 32, 32)
-    backbone = MODELS.build(cfg).eval()
-    for a, b in zip(record(backbone, x)(x), backbone(x)):
-        assert_agree(a, b, 1e-5)
-    other = MODELS.build(cfg).eval()
-    assert len(unset_statistics(lambda: (record(other, x), other(x)))) == 1
-
-
-@needs_export
-def test_compiling_is_no_export():
-    compiled = torch.compile(lambda x: x + is_tracing(), fullgraph=True, backend='eager')
-    assert compiled(torch.zeros(1)) == 0 and not is_tracing()
+    backbone = MODELS.build(dict(type='CEResNet', depth=18, **ONE_STAGE)).eval()
+    x = torch.randn(1, 3, 32, 32)
+    recorded = []
+    warned = unset_statistics(lambda: (recorded.append(record(backbone, x)), backbone(x)))
+    assert len(warned) == 1
+    assert_agree(recorded[0](x)[0], backbone(x)[0], 1e-5)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from conftest import ROOT
 from mmdet.models import ResNet
 from mmdet.registry import MODELS
@@ -19,9 +17,6 @@ from mmengine.optim import build_optim_wrapper
 from mmdet_ce.backbones.ce_backbone import CEBackbone
 
 CONFIGS = sorted(path for path in (ROOT / 'configs').glob('*/*.py') if path.parent.name != 'imagenet')
-NAME = re.compile(
-    r'[a-z0-9-]+_(r\d+|x101-32x4d|mobilenet-v2)(-[a-z0-9]+)*_fpn_([a-z0-9-]+_)?(coco|shapes|custom|bccd|facade)'
-)
 SCHEDULE = re.compile(r'([12])x_coco$')
 NUM_LAYERS = {18: 7, 50: 14, 101: 31, None: 17}
 
@@ -32,12 +27,11 @@ def test_config_builds_anywhere(path, tmp_path, monkeypatch):
     cfg = Config.fromfile(path)
     assert cfg.custom_imports == dict(imports=['mmdet_ce'], allow_failed_imports=False)
     checkpoint = cfg.default_hooks.checkpoint
-    assert checkpoint.type == 'CheckpointHook' and checkpoint.backend_args == dict(backend='atomic')
+    assert checkpoint.backend_args == dict(backend='atomic')
     assert checkpoint.get('max_keep_ckpts', -1) != 1, 'mmengine deletes the old one before it writes the new one'
-    assert NAME.fullmatch(path.stem)
     schedule = SCHEDULE.search(path.stem)
     assert not schedule or cfg.train_cfg.max_epochs == 12 * int(schedule[1])
-    model = MODELS.build(cfg.model)
+    model = MODELS.build(cfg.model).train()
     if '-ce' not in path.stem:  # the baseline
         assert type(model.backbone) is ResNet
         return
@@ -46,7 +40,10 @@ def test_config_builds_anywhere(path, tmp_path, monkeypatch):
     assert len(layers) == NUM_LAYERS[getattr(model.backbone, 'depth', None)]
     hooks = [hook['type'] for hook in cfg.custom_hooks]
     assert 'SyncBuffersHook' in hooks, 'else each process validates with statistics of its own'
-    assert all(layer.is_identity == ('-identity' in path.stem) for layer in layers.values())
+    is_identity = '-identity' in path.stem
+    for name, layer in layers.items():
+        assert layer.is_identity is is_identity, name
+        assert not is_identity or (layer.training and layer.alpha.requires_grad), f'{name} would stay the identity'
 
 
 @pytest.mark.slow
@@ -73,13 +70,3 @@ def test_config_trains_one_iteration(path):
     for name, layer in dict(getattr(model.backbone, 'named_ce', dict)()).items():
         growing = f'backbone.{name}.{"alpha" if layer.alpha is not None else "theta"}'
         assert growing in changed or growing not in before, f'{growing} did not move'
-
-
-def test_model_index_lists_every_coco_config():
-    (imported,) = yaml.safe_load((ROOT / 'model-index.yml').read_text())['Import']
-    models = yaml.safe_load((ROOT / imported).read_text())['Models']
-    configs = sorted(str(path.relative_to(ROOT)) for path in (ROOT / 'configs' / 'ce').glob('*.py'))
-    assert [model['Config'] for model in models] == configs
-    for model in models:
-        assert model['Name'] == Path(model['Config']).stem
-        assert model['Metadata']['Epochs'] == 12 * int(SCHEDULE.search(model['Name'])[1])

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from mmengine.hooks import SyncBuffersHook
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from utils import assert_agree, randomize
 
@@ -45,49 +44,6 @@ def run_case(case: str, layer: torch.nn.ModuleList, x: torch.Tensor, weights: to
     (out * weights).sum().backward()
     result = {'out': out.detach(), 'grad': x.grad, **{f'grad.{n}': p.grad for n, p in layer.named_parameters()}}
     return {**result, **{f'buffer.{n}': b for n, b in layer.named_buffers()}}
-
-
-class LosesItsGradient(torch.autograd.Function):
-    """A module after CE that returns no gradient."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return None
-
-
-def one_without_a_gradient(rank: int) -> torch.Tensor:
-    """Return the gradient of this process's samples, of which those of process 1 have none of their own."""
-    layer, x, weights = make_case('plain')
-    x, weights = x.split(2)[rank].requires_grad_(), weights.split(2)[rank]
-    out = layer[1](x)
-    ((LosesItsGradient.apply(out) if rank else out) * weights).sum().backward()
-    return x.grad
-
-
-class Recorder(TorchDispatchMode):
-    """Note the names of all operations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
-def operations(rank: int) -> dict[str, list[str]]:
-    """Return the operations of a forward and of a backward pass."""
-    layer, x, weights = make_case('folded norm')
-    with Recorder() as recorder:
-        out = layer[1](x.split(2)[rank].requires_grad_(), layer[0])
-        forward, recorder.names = recorder.names, []
-        out.backward(weights.split(2)[rank])
-    return dict(forward=forward, backward=recorder.names)
 
 
 def make_backbone(sync: bool) -> tuple[CEResNet, torch.Tensor]:
@@ -139,8 +95,6 @@ def work(rank: int, folder: Path) -> None:
     SyncBuffersHook().after_train_epoch(SimpleNamespace(model=model))
     results['after the hook'] = backbone.state_dict()
     results['other sizes'] = ragged(rank)
-    results['one without a gradient'] = one_without_a_gradient(rank)
-    results['operations'] = operations(rank)
     # Evaluation exchanges nothing with other processes: one of them may run it alone.
     if rank == 0:
         layer, x, _ = make_case('plain')
@@ -173,22 +127,6 @@ def test_two_processes_are_one(processes, split, case):
             assert torch.equal(parts[0][name], parts[1][name]), name
             actual = parts[0][name]
         assert_agree(actual, expected, tolerance, name)
-
-
-@pytest.mark.slow
-def test_one_exchange_forward_one_backward_and_nothing_from_the_host(processes):
-    """A value read from a GPU, or made of a Python list on one, would make the host wait."""
-    for part in processes:
-        for names in part['operations'].values():
-            assert len([name for name in names if name.startswith('c10d.')]) == 1
-            assert not [name for name in names if name.startswith(('aten._local_scalar_dense', 'aten.lift'))]
-
-
-@pytest.mark.slow
-def test_a_process_without_a_gradient_still_takes_part(processes):
-    layer, x, weights = make_case('plain')
-    expected = run_case('plain', layer, x, torch.cat([weights[:2], torch.zeros_like(weights[2:])]))['grad']
-    assert_agree(torch.cat([p['one without a gradient'] for p in processes]), expected, 1e-10)
 
 
 @pytest.mark.slow
@@ -226,10 +164,3 @@ def test_maps_of_other_sizes_count_by_their_positions(processes):
 def test_evaluation_asks_nobody(processes):
     layer, x, _ = make_case('plain')
     assert_agree(processes[0]['evaluation'], layer[1].eval()(x), 1e-12)
-
-
-def test_one_process_needs_no_group():
-    layer, x, _ = make_case('plain')
-    plain = copy.deepcopy(layer[1])
-    plain.sync = False
-    assert torch.equal(layer[1](x), plain(x))

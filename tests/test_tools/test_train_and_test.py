@@ -1,4 +1,4 @@
-"""The tools as a user runs them: the demo; train, stop, resume, test; bad input; two processes."""
+"""The tools as a user runs them: train, stop, resume, test; bad input; two processes."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ import re
 import shlex
 import signal
 import socket
-import sys
 from functools import partial
 from pathlib import Path
 
-import demo
 import framework_tool
 import pytest
 from conftest import ROOT
@@ -43,37 +41,11 @@ def _in_folder(folder, monkeypatch):
     monkeypatch.chdir(folder)
 
 
-@pytest.fixture(scope='module')
-def demonstrated(folder):
-    """What a demo of one epoch printed; its work directory is ``run``."""
-    config = folder / 'small.py'
-    loaders = ''.join(
-        f'{split}_dataloader = dict(num_workers=0, persistent_workers=False, batch_size=4)\n'
-        for split in ('train', 'val', 'test')
-    )
-    logger = 'default_hooks = dict(logger=dict(interval=1))\n'
-    config.write_text(f"_base_ = '{DEMO}'\n{loaders}train_cfg = dict(max_epochs=1)\n{logger}")
-    (folder / 'tools').symlink_to(ROOT / 'tools')
-    with pytest.MonkeyPatch.context() as patch, open(folder / 'printed', 'w') as printed:
-        patch.setattr(demo, 'TOOLS', folder / 'tools')
-        patch.setattr(demo, 'CONFIG', config)
-        patch.setattr(sys, 'stdout', printed)
-        assert call(demo.main, '--work-dir', 'run') is None, (folder / 'run' / 'output.txt').read_text()[-3000:]
-    return (folder / 'printed').read_text()
-
-
-def test_the_demo_and_a_training_anew_in_its_folder(demonstrated):
-    """One test, since the demo takes long: what it prints and leaves; the second training is a question."""
-    assert len([line for line in demonstrated.splitlines() if line.startswith('$ python tools/')]) == 2
-    for name in ('with CE', 'plain'):
-        assert re.search(rf'^  {name} +box mAP \d\.\d{{3}}  mask mAP \d\.\d{{3}}', demonstrated, re.M)
-    assert re.search(r'^epoch and iteration \[1\]\[1/2\], loss: \d+\.\d{4}, eta: ', demonstrated, re.M)
-    assert 'run/detections.png' in demonstrated and 'run/output.txt' in demonstrated
-    assert Path('run/detections.png').stat().st_size > 50_000
-    assert len(Path('run/output.txt').read_text().splitlines()) > 100
-
+def test_a_training_anew_in_its_folder_is_refused(folder):
+    arguments = [DEMO, '--work-dir', 'run', '--cfg-options', *SMALL, 'train_cfg.max_epochs=1']
+    assert call(run_train, *arguments) is None
     before = Path('run/epoch_1.pth').read_bytes()
-    message = call(run_train, 'small.py', '--work-dir', 'run')
+    message = call(run_train, *arguments)
     assert re.fullmatch(r'error: run holds a training: [^\n]+ --work-dir, or continue it with --resume', message)
     assert Path('run/epoch_1.pth').read_bytes() == before
 
