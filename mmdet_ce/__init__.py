@@ -4,21 +4,17 @@ Importing the package registers them in ``mmdet.registry.MODELS``, and lets ``to
 as data.
 """
 
-import sys
-
+from .environment import check_environment
 from .version import __version__
 
-if sys.argv[:1] != ['-m']:  # python -m mmdet_ce: Python is about to run __main__.py, which lists configs without torch
-    from .environment import check_environment
+check_environment()
 
-    check_environment()
+from .backbones import CEMobileNetV2, CEResNet, CEResNetV1d, CEResNeXt  # noqa: E402
+from .checkpoints.safe_globals import admit_training_checkpoints  # noqa: E402
+from .hooks import CECalibrationHook, ChannelStatisticsHook  # noqa: E402
+from .layers import ChannelEquilibrium  # noqa: E402
 
-    from .backbones import CEMobileNetV2, CEResNet, CEResNetV1d, CEResNeXt
-    from .checkpoints.safe_globals import admit_training_checkpoints
-    from .hooks import CECalibrationHook, ChannelStatisticsHook
-    from .layers import ChannelEquilibrium
-
-    admit_training_checkpoints()
+admit_training_checkpoints()
 
 __all__ = [
     'CECalibrationHook',

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import re
-import shutil
+import ast
 import sys
 from pathlib import Path
 
+from mmdet.utils import collect_env
+
+from .compat import missing_features
+from .environment import describe_versions
 from .version import __version__
 
 PACKAGE = Path(__file__).resolve().parent
@@ -23,6 +26,8 @@ def config_names() -> list[str]:
 def copy_config(name: str, folder: Path) -> list[Path]:
     """Copy a config, and the shipped ones that it inherits from, into ``folder``; return the files, the config first.
 
+    All files land in ``folder`` itself, and the copies inherit from each other there.
+
     Raises:
         FileNotFoundError: If there is no such config.
         FileExistsError: If a file of that name is in ``folder`` already; nothing is copied then.
@@ -30,16 +35,30 @@ def copy_config(name: str, folder: Path) -> list[Path]:
     sources = [path for path in CONFIGS.glob('*/*.py') if name in (path.stem, f'{path.parent.name}/{path.stem}')]
     if not sources:
         raise FileNotFoundError(f'no config named {name}; python -m mmdet_ce configs lists them')
-    while base := re.search(r"^_base_ = '\./(.+)'", sources[-1].read_text(), re.MULTILINE):
-        sources.append(sources[-1].parent / base[1])
-    copies = [folder / source.name for source in sources]
-    for copy in copies:
+    texts = {}  # by the path of the copy
+    for source in sources:  # grows on the way
+        text = source.read_text()
+        for base in _relative_bases(text):
+            sources.append(source.parent / base)
+            text = text.replace(f"'{base}'", f"'./{Path(base).name}'")
+        texts[folder / source.name] = text
+    for copy in texts:
         if copy.exists():
             raise FileExistsError(f'{copy} exists already; remove it or name another folder')
     folder.mkdir(parents=True, exist_ok=True)
-    for source, copy in zip(sources, copies):
-        shutil.copyfile(source, copy)
-    return copies
+    for copy, text in texts.items():
+        copy.write_text(text)
+    return [*texts]
+
+
+def _relative_bases(text: str) -> list[str]:
+    """Return the shipped files that a config inherits from; those of MMDetection are named like mmdet::FILE."""
+    bases = []
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', None) == '_base_':
+            value = ast.literal_eval(node.value)
+            bases += [value] if isinstance(value, str) else value
+    return [base for base in bases if '::' not in base]
 
 
 def main() -> None:
@@ -55,11 +74,6 @@ def main() -> None:
     if args.command == 'configs':
         print(*config_names(), f'(in {CONFIGS})', sep='\n')
     elif args.command == 'env':
-        from mmdet.utils import collect_env  # here: the other commands do without torch
-
-        from .compat import missing_features
-        from .environment import describe_versions
-
         ours = dict(mmdet_ce=f'{__version__} at {PACKAGE}', versions=describe_versions())
         ours['missing with this torch'] = ', '.join(missing_features()) or 'nothing'
         for key, value in {**ours, **collect_env()}.items():

@@ -1,21 +1,18 @@
-"""Measure what each channel of a backbone contributes, with Channel Equilibrium or without.
+"""Measure what each channel of a network contributes, with Channel Equilibrium or without.
 
 A layer is a norm together with the CE that follows it, named after the norm, so that a plain network and one with CE
 pair up by name. Its response is the positive part of what it puts out, what a ReLU lets through, before a shortcut is
-added; a channel's contribution is its mean response over images and positions. Norms of shortcuts, which no ReLU
-follows, are left out. Sums over the images are NumPy's, in float64, which some devices do not support.
+added. A channel's contribution is its mean response over images and positions. Norms of shortcuts, which no ReLU
+follows, are left out. Sums are float64 on the CPU, since some devices do not support float64.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Optional
 
-import numpy as np
 import torch
 from mmcv.cnn import is_norm
 from torch import Tensor, nn
@@ -26,165 +23,143 @@ from .layers import ChannelEquilibrium
 INHIBITED_BELOW = 0.05
 
 
-def inhibited_share(contribution: np.ndarray, threshold: float = INHIBITED_BELOW) -> float:
+def inhibited_share(contribution: Tensor, threshold: float = INHIBITED_BELOW) -> float:
     """Return the share of channels whose contribution, (C,), is at most ``threshold`` of the layer's mean."""
-    return float((contribution <= threshold * contribution.mean()).mean())
+    return (contribution <= threshold * contribution.mean()).double().mean().item()
 
 
-def normalized_entropy(contribution: np.ndarray) -> float:
-    """Return the entropy of contributions, (C,), over that of equal ones: 1 where all are equal, 0 for one alone."""
-    total = contribution.sum()
-    if total == 0 or len(contribution) == 1:
-        return 0.0
-    share = contribution[contribution != 0] / total
-    return float(-(share * np.log(share)).sum() / math.log(len(contribution)))
-
-
-def off_diagonal_energy(covariance: np.ndarray) -> float:
+def off_diagonal_energy(covariance: Tensor) -> float:
     """Return the share of squared covariances, (G, d, d), off the diagonal: (d - 1) / d if all channels are equal."""
-    energy = np.square(covariance).sum((1, 2))
-    off_diagonal = energy - np.square(np.diagonal(covariance, axis1=1, axis2=2)).sum(1)
-    return float((off_diagonal / np.maximum(energy, np.finfo(energy.dtype).tiny)).mean())
+    energy = covariance.square().sum((1, 2))
+    diagonal = covariance.diagonal(dim1=1, dim2=2).square().sum(1)
+    return ((energy - diagonal) / energy.clamp_min(torch.finfo(energy.dtype).tiny)).mean().item()
 
 
-@dataclass
 class LayerStatistics:
     """What was measured of one layer."""
 
-    contribution: np.ndarray  # (C,)
-    before_ce: Optional[np.ndarray] = None  # (C,), the contribution of the norm alone, where CE follows it
-    ce: Optional[dict[str, float]] = None  # what CE has learned and does to its input
+    def __init__(self) -> None:
+        self.norm_output = MapSums()
+        self.ce: Optional[ChannelEquilibrium] = None
+        self.ce_input: Optional[MapSums] = None
+        self.ce_output: Optional[MapSums] = None
+
+    @property
+    def contribution(self) -> Tensor:
+        """The mean response of each channel of the layer's output, (C,)."""
+        return (self.norm_output if self.ce is None else self.ce_output).contribution
 
     def measures(self, threshold: float = INHIBITED_BELOW) -> dict[str, float]:
         """Return the layer in numbers, by name.
 
-        With CE there are ``inhibited_before`` and ``entropy_before`` CE, ``lambda``, ``alpha`` (with identity start),
-        percentiles of the gate over images and channels, ``gate_5``, ``gate_50`` and ``gate_95``, and the off-diagonal
-        energy of the covariance, ``off_diagonal_before`` and ``off_diagonal_after`` CE.
+        With CE there are ``inhibited_before`` CE, ``lambda``, ``alpha`` (with identity start), and the off-diagonal
+        energy of the covariance of channel groups, ``off_diagonal_before`` and ``off_diagonal_after`` CE.
         """
-        row = dict(
-            channels=len(self.contribution),
-            inhibited=inhibited_share(self.contribution, threshold),
-            entropy=normalized_entropy(self.contribution),
-        )
+        row = dict(channels=len(self.contribution), inhibited=inhibited_share(self.contribution, threshold))
         if self.ce is not None:
-            row['inhibited_before'] = inhibited_share(self.before_ce, threshold)
-            row['entropy_before'] = normalized_entropy(self.before_ce)
-            row.update(self.ce)
+            row['inhibited_before'] = inhibited_share(self.ce_input.contribution, threshold)
+            row['off_diagonal_before'] = off_diagonal_energy(self.ce_input.covariance)
+            row['off_diagonal_after'] = off_diagonal_energy(self.ce_output.covariance)
+            row['lambda'] = torch.sigmoid(self.ce.theta).item()
+            if self.ce.alpha is not None:
+                row['alpha'] = self.ce.alpha.item()
         return row
 
 
-@torch.no_grad()
-def analyze_channels(backbone: nn.Module, batches: Iterable[Tensor]) -> dict[str, LayerStatistics]:
-    """Run images through a backbone in evaluation and measure its channels.
+class MapSums:
+    """Sums over maps, (N, C, H, W): of the response of each channel and, on request, of products in channel groups."""
 
-    Neither weights nor statistics change, and the modes of all modules are as before afterwards.
-
-    Args:
-        backbone: Any backbone of mmdet that has norms over (N, C, H, W).
-        batches: Image tensors, (N, 3, H, W), as the network sees them. Padding counts as image.
-
-    Returns:
-        The layers by name, in the order in which they run.
-    """
-    collector, count = _Collector(), 0
-    modes = [(m, m.training) for m in backbone.modules()]
-    with ExitStack() as stack:
-        for m, training in modes:
-            stack.callback(setattr, m, 'training', training)
-        backbone.eval()
-        for name, m in backbone.named_modules():
-            if isinstance(m, ChannelEquilibrium):
-                stack.enter_context(m.register_forward_hook(partial(collector.after_ce, name)))
-            elif is_norm(m) and 'downsample' not in name.split('.'):
-                stack.enter_context(m.register_forward_hook(partial(collector.after_norm, name)))
-        for images in batches:
-            backbone(images)
-            count += len(images)
-    if not collector.totals:
-        raise ValueError('nothing to measure: there is no image, or the backbone has no norm over (N, C, H, W)')
-    return {
-        name: collector.ce[name].statistics(count) if name in collector.ce else LayerStatistics(total / count)
-        for name, total in collector.totals.items()
-    }
-
-
-class _Collector:
-    """What the forward hooks on a backbone's norms and CE layers have seen."""
-
-    def __init__(self) -> None:
-        self.totals: dict[str, np.ndarray] = {}  # contributions of the norms, summed over the images
-        self.ce: dict[str, _CESums] = {}
-        self.last: tuple[str, Optional[Tensor]] = ('', None)
-
-    def after_norm(self, name: str, norm: nn.Module, args: tuple, out: Tensor) -> None:
-        if out.dim() == 4:
-            self.totals[name] = self.totals.get(name, 0.0) + _contribution(out)
-            self.last = name, out
-
-    def after_ce(self, name: str, ce: ChannelEquilibrium, args: tuple, out: Tensor) -> None:
-        name = self.last[0] if args[0] is self.last[1] else name
-        self.totals.setdefault(name, 0.0)
-        self.ce.setdefault(name, _CESums(ce)).add(args[0], out)
-
-
-class _CESums:
-    """What is summed up of one CE layer."""
-
-    def __init__(self, ce: ChannelEquilibrium) -> None:
-        self.ce = ce
-        self.gates: list[np.ndarray] = []
-        self.contribution_before = self.contribution_after = 0.0
-        self.before, self.after = _Covariance(ce.group_size), _Covariance(ce.group_size)
-
-    def add(self, x: Tensor, out: Tensor) -> None:
-        deviation = x.float() - x.float().mean((2, 3), keepdim=True)
-        variance = deviation.square().sum((2, 3)) / max(x[0, 0].numel() - 1, 1)
-        ir = self.ce.ir
-        self.gates.append(_numpy(ir.fc2(ir.norm(ir.fc1(variance.to(x.dtype))).relu()).sigmoid()))
-        self.contribution_before = self.contribution_before + _contribution(x)
-        self.contribution_after = self.contribution_after + _contribution(out)
-        self.before.add(x)
-        self.after.add(out)
-
-    def statistics(self, count: int) -> LayerStatistics:
-        ce = {'lambda': torch.sigmoid(self.ce.theta).item()}
-        if self.ce.alpha is not None:
-            ce['alpha'] = self.ce.alpha.item()
-        for percent in (5, 50, 95):
-            ce[f'gate_{percent}'] = float(np.percentile(np.concatenate(self.gates), percent))
-        ce['off_diagonal_before'] = off_diagonal_energy(self.before.value())
-        ce['off_diagonal_after'] = off_diagonal_energy(self.after.value())
-        return LayerStatistics(self.contribution_after / count, self.contribution_before / count, ce)
-
-
-class _Covariance:
-    """The covariance of channel groups over images and positions."""
-
-    def __init__(self, group_size: int) -> None:
+    def __init__(self, group_size: Optional[int] = None) -> None:
         self.group_size = group_size
-        self.count, self.sum, self.products = 0, 0.0, 0.0
+        self.responses = 0.0
+        self.num_images = 0
         self.center: Optional[Tensor] = None
+        self.sums = 0.0
+        self.products = 0.0
+        self.num_positions = 0
 
     def add(self, x: Tensor) -> None:
+        """Add a batch of maps."""
+        self.responses = self.responses + _double(x.float().relu().mean((2, 3)).sum(0))
+        self.num_images += len(x)
+        if self.group_size is None:
+            return
         flat = x.float().transpose(0, 1).reshape(-1, self.group_size, x.numel() // x.shape[1])  # (G, d, N L)
         if self.center is None:
             # About the first batch's mean: sums about zero would lose the variance of a channel far from it.
             self.center = flat.mean(2, keepdim=True)
         flat = flat - self.center
-        self.count += flat.shape[2]
-        self.sum = self.sum + _numpy(flat.sum(2))
-        self.products = self.products + _numpy(flat @ flat.transpose(1, 2))
+        self.sums = self.sums + _double(flat.sum(2))
+        self.products = self.products + _double(flat @ flat.mT)
+        self.num_positions += flat.shape[2]
 
-    def value(self) -> np.ndarray:
-        mean = self.sum / self.count
-        return self.products / self.count - mean[:, :, None] * mean[:, None, :]
+    @property
+    def contribution(self) -> Tensor:
+        """The mean response of each channel, (C,)."""
+        return self.responses / self.num_images
+
+    @property
+    def covariance(self) -> Tensor:
+        """The covariance of each channel group over images and positions, (G, d, d)."""
+        mean = self.sums / self.num_positions
+        return self.products / self.num_positions - mean[:, :, None] * mean[:, None, :]
 
 
-def _contribution(x: Tensor) -> np.ndarray:
-    """Return the contributions of the channels of (N, C, H, W), summed over the images: (C,)."""
-    return _numpy(x.relu().mean((2, 3))).sum(0)
+@contextmanager
+def watch_channels(network: nn.Module) -> Iterator[dict[str, LayerStatistics]]:
+    """Measure the layers of a network, while it runs, by forward hooks on its norms and CE layers.
+
+    Weights and statistics stay as they are. Padding counts as image.
+
+    Args:
+        network: A backbone or a detector of mmdet, in any mode. Norms over (N, C, H, W) are measured.
+
+    Yields:
+        The layers by name, in the order in which they first run; each forward pass adds to them.
+
+    Example:
+        >>> with watch_channels(detector) as layers:
+        ...     detector.test_step(batch)
+        >>> layers['backbone.bn1'].measures()['inhibited']
+    """
+    watch = _Watch()
+    with ExitStack() as stack:
+        for name, m in network.named_modules():
+            if isinstance(m, ChannelEquilibrium):
+                stack.callback(m.register_forward_hook(partial(watch.after_ce, name)).remove)
+            elif is_norm(m) and 'downsample' not in name.split('.'):
+                stack.callback(m.register_forward_hook(partial(watch.after_norm, name)).remove)
+        yield watch.layers
 
 
-def _numpy(x: Tensor) -> np.ndarray:
-    return x.float().cpu().numpy().astype(np.float64)
+class _Watch:
+    """What the forward hooks on a network's norms and CE layers have seen."""
+
+    def __init__(self) -> None:
+        self.layers: dict[str, LayerStatistics] = {}
+        self.last_norm = ''
+        self.last_output: Optional[Tensor] = None
+
+    @torch.no_grad()
+    def after_norm(self, name: str, norm: nn.Module, args: tuple, out: Tensor) -> None:
+        if out.dim() == 4 and len(out):
+            self.layers.setdefault(name, LayerStatistics()).norm_output.add(out)
+            self.last_norm = name
+            self.last_output = out
+
+    @torch.no_grad()
+    def after_ce(self, name: str, ce: ChannelEquilibrium, args: tuple, out: Tensor) -> None:
+        x = args[0]
+        if not len(x):
+            return
+        layer = self.layers.setdefault(self.last_norm if x is self.last_output else name, LayerStatistics())
+        if layer.ce is None:
+            layer.ce = ce
+            layer.ce_input = MapSums(ce.group_size)
+            layer.ce_output = MapSums(ce.group_size)
+        layer.ce_input.add(x)
+        layer.ce_output.add(out)
+
+
+def _double(x: Tensor) -> Tensor:
+    return x.cpu().double()

@@ -5,18 +5,12 @@ Each entry says from which oldest supported torch on it can be removed.
 
 from __future__ import annotations
 
-import re
 from contextlib import AbstractContextManager, nullcontext
 from typing import Callable
 
 import torch
 
-
-def version_of(text: str) -> tuple[int, int]:
-    """Return major and minor of a version: (2, 13) for '2.13.0+cpu'."""
-    major, minor = re.findall(r'\d+', text)[:2]
-    return int(major), int(minor)
-
+from .environment import version_of
 
 TORCH = version_of(torch.__version__)
 

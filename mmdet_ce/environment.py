@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import importlib
 import platform
-
-from mmengine.utils import digit_version
+import re
+from typing import Optional
 
 # import name -> the oldest version that works
 LEAST = {'torch': '2.1', 'mmengine': '0.10', 'mmcv': '2.0', 'mmdet': '3.0'}
@@ -19,31 +19,66 @@ TESTED = {
 }
 
 
+def version_of(text: str) -> tuple[int, int]:
+    """Return major and minor of a version: (2, 13) for '2.13.0+cpu'."""
+    major, minor = re.findall(r'\d+', text)[:2]
+    return int(major), int(minor)
+
+
 def check_environment() -> None:
-    """Compare the installed framework's versions with the supported ones.
+    """Import the framework and compare its versions with the supported ones.
 
     Raises:
-        ImportError: If a part is too old, or mmcv has no compiled operators. A missing package
-            raises Python's own error.
+        ImportError: If a part is missing, is too old or does not import, or if mmcv has no compiled operators. The
+            message names each such part and the versions of the others.
     """
-    for name, least in LEAST.items():
+    problems = [problem for problem in map(_problem, LEAST) if problem]
+    if not problems:
+        problems = [problem for problem in [_problem_of_operators()] if problem]
+    if problems:
+        message = f'mmdet_ce needs {"; ".join(problems)}. Found: {_joined(_found())}. The README says how to install it'
+        # With the package's name `python -m mmdet_ce` ends with this line alone, without a traceback.
+        raise ImportError(message, name=__package__)
+
+
+def _problem(name: str) -> Optional[str]:
+    needed = f'{name} {LEAST[name]} or later'
+    try:
         version = importlib.import_module(name).__version__
-        if digit_version(version.partition('+')[0]) < digit_version(least):
-            raise ImportError(f'mmdet_ce needs {name} {least} or later, found {name} {version}')
+    except ModuleNotFoundError as error:
+        if error.name == name:
+            return f'{needed}, which is not installed'
+        return f'{needed}, which does not import: {error}'
+    except Exception as error:  # mmdet asserts versions of mmcv; a broken installation raises anything
+        return f'{needed}, which does not import: {error}'
+    return f'{needed}, but found {name} {version}' if version_of(version) < version_of(LEAST[name]) else None
+
+
+def _problem_of_operators() -> Optional[str]:
     try:
         importlib.import_module('mmcv.ops')
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            'mmdet_ce needs mmcv with its compiled operators; this one has none (mmcv-lite, or a build without them). '
-            'The README says how to install it'
-        ) from error
+    except ModuleNotFoundError:
+        return 'mmcv with its compiled operators, but this one has none (mmcv-lite, or a build without them)'
+    except ImportError as error:
+        return f'mmcv with operators that were compiled for the installed torch, but they do not load: {error}'
+    return None
+
+
+def _found() -> dict[str, str]:
+    """Return the versions of Python and of the parts that import."""
+    found = {'python': platform.python_version()}
+    for name in LEAST:
+        try:
+            found[name] = importlib.import_module(name).__version__
+        except Exception:  # reported as a problem
+            continue
+    return found
 
 
 def describe_versions() -> str:
     """Return the versions in use, and those that the tests ran with, in one line."""
-    found = {'python': platform.python_version(), **{name: importlib.import_module(name).__version__ for name in LEAST}}
     sets = ' or '.join(_joined(versions) for versions in reversed(TESTED.values()))
-    return f'{_joined(found)} (tested with {sets})'
+    return f'{_joined(_found())} (tested with {sets})'
 
 
 def _joined(versions: dict[str, str]) -> str:

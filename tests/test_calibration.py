@@ -85,7 +85,7 @@ def test_a_batch_that_is_not_finite_is_refused():
     backbone = make()
     before, batches = copy.deepcopy(statistics(backbone)), images(2)
     batches[1][0, 0, 0, 0] = float('inf')
-    with pytest.raises(ValueError, match='batch 2 has statistics that are not finite'):
+    with pytest.raises(ValueError, match='the statistics of ce1 are not finite'):
         calibrate(backbone, batches, 2)
     assert all(torch.equal(value, before[key]) for key, value in statistics(backbone).items())
 

@@ -25,7 +25,7 @@ sys.meta_path.insert(0, Hide())
     'setup, problem',
     [
         (NO_OPERATORS, 'mmcv with its compiled operators'),
-        ('import torch; torch.__version__ = "2.0.1+cu118"', 'torch 2.1 or later, found torch 2.0.1'),
+        ('import torch; torch.__version__ = "2.0.1+cu118"', 'torch 2.1 or later, but found torch 2.0.1'),
     ],
 )
 def test_unusable_framework(setup, problem):

@@ -28,8 +28,8 @@ from mmdet.models import ResNet
 from torch import Tensor, nn
 
 from mmdet_ce import CEResNet, ChannelEquilibrium
-from mmdet_ce.backbones.ce_backbone import norm_ce
 from mmdet_ce.environment import describe_versions
+from mmdet_ce.layers.block_end import block_end
 
 NETWORKS = {'ResNet-50': dict(depth=50), 'demo': dict(depth=18, base_channels=32)}
 MODES = {
@@ -53,7 +53,7 @@ class BlockEnd(nn.Module):
 
     def forward(self, h: Tensor, shortcut: Tensor) -> tuple[Tensor]:
         """Return the block's output for h, (N, width, H, W), and the shortcut, (N, 4 width, H, W)."""
-        return (norm_ce(self.norm, self.ce, self.conv(h), shortcut, self.relu),)
+        return (block_end(h, self.norm, self.ce, conv=self.conv, shortcut=shortcut, relu=self.relu),)
 
 
 def prepare(

@@ -9,28 +9,12 @@ from command_line import exit_on_problems, read_config
 
 import torch
 from mmdet.registry import MODELS
-from mmengine.config import Config, DictAction
+from mmengine.config import DictAction
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner, set_random_seed
 
 from mmdet_ce.calibration import calibrate
 from mmdet_ce.checkpoints import read_checkpoint, write_checkpoint
-
-
-def calibrate_checkpoint(cfg: Config, args: argparse.Namespace) -> int:
-    """Calibrate a checkpoint and write it, all else unchanged; return the batches averaged over."""
-    checkpoint = read_checkpoint(args.checkpoint)
-    state_dict = checkpoint.get('state_dict', checkpoint)
-    if cfg.get('data_preprocessor'):
-        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)  # as the Runner does
-    model = MODELS.build(cfg.model).to(args.device)
-    model.load_state_dict(state_dict)
-    count = calibrate(model, Runner.build_dataloader(cfg.train_dataloader), args.num_batches, args.bn)
-    for key, tensor in model.state_dict().items():
-        if key.startswith('backbone.') and 'running_' in key:
-            state_dict[key] = tensor.cpu()
-    write_checkpoint(checkpoint, args.out)
-    return count
 
 
 def main() -> None:
@@ -48,8 +32,16 @@ def main() -> None:
     cfg = read_config(args.config, args.cfg_options)
     init_default_scope(cfg.get('default_scope') or 'mmdet')
     set_random_seed(args.seed)
+    if cfg.get('data_preprocessor'):
+        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)  # as the Runner does
     try:
-        count = calibrate_checkpoint(cfg, args)
+        checkpoint = read_checkpoint(args.checkpoint)
+        state_dict = checkpoint.get('state_dict', checkpoint)
+        model = MODELS.build(cfg.model).to(args.device)
+        model.load_state_dict(state_dict)
+        count = calibrate(model, Runner.build_dataloader(cfg.train_dataloader), args.num_batches, args.bn)
+        state_dict.update({key: tensor.cpu() for key, tensor in model.state_dict().items() if 'running_' in key})
+        write_checkpoint(checkpoint, args.out)
     except (OSError, ValueError) as error:
         exit_on_problems([str(error)])
     print(f'{args.out}: CE statistics{" and those of BN" if args.bn else ""} from {count} batches')

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import logging
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Callable, Optional
 
 from mmdet.registry import MODELS
-from mmengine.logging import print_log
 from mmengine.model import BaseModule
+from mmengine.runner import CheckpointLoader
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .. import compat
 from ..layers import ChannelEquilibrium
 from ..ops.precision import is_tracing
-from .loading_report import report_load
+from .loading_report import ce_settings, report_load, settings_difference, warn
 
 
 def build_ce(ce_cfg: dict, in_channels: int) -> ChannelEquilibrium:
@@ -72,10 +70,29 @@ class CEBackbone(BaseModule):
                 ce.eval()
         return self
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        # T, d and the position of CE go into torch's metadata of the state dict, which checkpoints keep.
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, '_metadata', {}).get(prefix[:-1])
+        if metadata is not None and ce_settings(self):
+            metadata['ce_cfg'] = ce_settings(self)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, local_metadata: dict, *args: Any) -> None:
         # torch and mmengine both call this method; mmengine does not call load_state_dict.
-        report_load(self, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        report_load(self, state_dict, prefix, local_metadata.get('ce_cfg', {}))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    def init_weights(self) -> None:
+        """Initialize the weights as ``init_cfg`` says; warn if a pretrained file was trained with another CE."""
+        super().init_weights()
+        if isinstance(self.init_cfg, dict) and self.init_cfg.get('prefix'):
+            # mmengine takes the prefix off the names of the tensors, and the metadata is lost.
+            checkpoint = CheckpointLoader.load_checkpoint(self.init_cfg['checkpoint'], map_location='cpu')
+            metadata = getattr(checkpoint.get('state_dict', checkpoint), '_metadata', {})
+            recorded = metadata.get(self.init_cfg['prefix'].rstrip('.'), {}).get('ce_cfg', {})
+            difference = settings_difference(self, recorded)
+            if difference:
+                warn(f'{type(self).__name__}: {difference}')
 
     def named_ce(self) -> Iterator[tuple[str, ChannelEquilibrium]]:
         """Iterate over the backbone's CE layers and their names."""
@@ -88,11 +105,13 @@ class CEBackbone(BaseModule):
         self._statistics_checked = True
         unset = [name for name, ce in self.named_ce() if not ce.training and ce.lacks_statistics and not ce.is_identity]
         if unset:
-            message = (
+            ways = ['load a checkpoint trained with CE (init_cfg or load_from)']
+            if self.norm_eval if self.ce_eval is None else self.ce_eval:
+                ways.append('train with norm_eval=False, or with ce_eval=False beside frozen norms')
+            if getattr(self, 'frozen_stages', -1) >= 0:
+                ways.append('freeze no stage that has such a layer (frozen_stages=-1)')
+            ways.append('in the teacher of a semi-supervised training, set MeanTeacherHook(skip_buffer=False)')
+            warn(
                 f'{len(unset)} CE layers are in evaluation with statistics that no data ever updated: '
-                f'{", ".join(unset)}. Load a checkpoint trained with CE (init_cfg or load_from), or let CE see data: '
-                'train with norm_eval=False, or ce_eval=False beside a frozen norm, and with no frozen stage that has '
-                'such a layer (frozen_stages=-1).'
+                f'{", ".join(unset)}. Ways out: {"; ".join(ways)}.'
             )
-            warnings.warn(message, stacklevel=2)
-            print_log(message, logger='current', level=logging.WARNING)  # into the file of a training's log

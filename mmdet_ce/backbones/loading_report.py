@@ -15,8 +15,26 @@ CE = re.compile(r'\.(theta|alpha|bd\.running_\w+|ir\.(fc1|fc2|norm|running_scale
 OFFICIAL = re.compile(r'\.(x_weight|running_wm|AR\..+)$')
 
 
-def report_load(backbone: nn.Module, state_dict: Mapping[str, Tensor], prefix: str = '') -> None:
-    """Log what is about to be loaded; warn if nothing matches, or if CE tensors in the file have no place.
+def ce_settings(backbone: nn.Module) -> dict:
+    """Return what a checkpoint records of CE beside its tensors: the values of T and d, and the position."""
+    layers = [ce for _, ce in backbone.named_ce()]
+    if not layers:
+        return {}
+    return dict(
+        num_iterations=sorted({ce.bd.num_iterations for ce in layers}),
+        num_channels=sorted({ce.group_size for ce in layers}),
+        ce_position=getattr(backbone, 'ce_position', None),
+    )
+
+
+def report_load(backbone: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, recorded: Mapping) -> None:
+    """Log what is about to be loaded; warn if nothing fits, or if the file has another CE.
+
+    Args:
+        backbone: A backbone with ``named_ce``.
+        state_dict: The tensors to load.
+        prefix: What the names of the backbone's tensors begin with.
+        recorded: The ``ce_settings`` of the checkpoint; empty where it has none.
 
     Raises:
         RuntimeError: If a CE tensor has another shape in the file. mmengine would leave it out and go on.
@@ -28,21 +46,37 @@ def report_load(backbone: nn.Module, state_dict: Mapping[str, Tensor], prefix: s
     if not (ce or lost):
         return
     name = f'{type(backbone).__name__}-{backbone.depth}' if hasattr(backbone, 'depth') else type(backbone).__name__
-    if reshaped := [key for key in ce if given.get(key, own[key]) != own[key]]:
-        raise RuntimeError(f'{name}: {_difference(own, given, reshaped)}')
-    num_loaded, num_missing = sum(given.get(key) == own[key] for key in own), sum(key not in given for key in ce)
-    text = f'{name}: {num_loaded} of {len(own)} tensors loaded, {num_missing} of {len(ce)} CE tensors missing, '
-    text += f'{len(unexpected)} unexpected{f" (like {unexpected[0]!r})" if unexpected else ""}: '
-    if num_loaded and not lost:
-        print_log(text + _meaning(ce, num_missing), logger='current')
-        return
-    if any(map(OFFICIAL.search, lost)):
-        text += "CE has the authors' names: convert the file with tools/model_converters/official_to_mmdet_ce.py"
-    elif not num_loaded:
-        text += _nothing_matches(own, state_dict, prefix)
+    settings = settings_difference(backbone, recorded)
+    for key in ce:
+        if given.get(key, own[key]) != own[key]:
+            shapes = f'{key} is {tuple(given[key])} in the file and {tuple(own[key])} here'
+            raise RuntimeError(f'{name}: CE has another shape in the file: {shapes}. {settings or SAME_TRAINING}')
+    num_loaded = sum(given.get(key) == own[key] for key in own)
+    num_missing = sum(key not in given for key in ce)
+    counts = f'{name}: {num_loaded} of {len(own)} tensors loaded, {num_missing} of {len(ce)} CE tensors missing, '
+    counts += f'{len(unexpected)} unexpected'
+    if unexpected:
+        counts += f' (like {unexpected[0]!r})'
+    problem = _problem(own, state_dict, num_loaded, lost) or settings
+    if problem:
+        warn(f'{counts}. {problem}')
     else:
-        text += f'{len(lost)} CE tensors in the file, like {lost[0]!r}, have no place here; '
-        text += 'use the ce_cfg, stage_with_ce and stem_with_ce of its training' if ce else 'set ce_cfg, which is None'
+        print_log(f'{counts}. {_meaning(ce, num_missing)}', logger='current')
+
+
+SAME_TRAINING = 'Use the ce_cfg and the other backbone arguments of the training that wrote the file'
+
+
+def settings_difference(backbone: nn.Module, recorded: Mapping) -> str:
+    """Return a sentence on what differs between the CE of a file and a backbone's; empty if nothing does."""
+    own = ce_settings(backbone)
+    names = [name for name in own if recorded.get(name, own[name]) != own[name]]
+    differences = ', '.join(f'{name} is {recorded[name]} in the file and {own[name]} here' for name in names)
+    return f'The file was trained with another CE: {differences}. {SAME_TRAINING}' if names else ''
+
+
+def warn(text: str) -> None:
+    """Warn on the console, and in the file of a training's log."""
     warnings.warn(text, stacklevel=2)
     print_log(text, logger='current', level=logging.WARNING)
 
@@ -56,35 +90,28 @@ def _shapes(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Size]:
     }
 
 
-def _difference(own: Mapping[str, Size], given: Mapping[str, Size], reshaped: list[str]) -> str:
-    """Name an argument of CE that differs, as far as shapes tell; the last layer has the most channels."""
-    argument = 'expected weights of this architecture'
-    for key in reshaped:
-        theirs, ours = given[key], own[key]
-        if key.endswith('bd.running_mean') and len(theirs) == 3 and theirs.numel() == ours.numel():
-            argument = f'num_channels: {theirs[1]} in the file, {ours[1]} here'
-        elif key.endswith('ir.fc1.weight') and theirs[1:] == ours[1:] and theirs[0]:
-            argument = f'reduction: {ours[1] // theirs[0]} in the file, {ours[1] // ours[0]} here'
-    return f'CE has another shape in the file; {argument} ({key}: {tuple(theirs)} in the file, {tuple(ours)} here)'
-
-
-def _nothing_matches(own: Mapping[str, Size], state_dict: Mapping[str, Tensor], prefix: str) -> str:
-    longest = max((key for key in own if not CE.search(key)), key=len)
-    for key, value in state_dict.items():
-        if str(key).endswith(f'.{longest}'):
-            return f"add prefix={str(key)[: -len(longest)]!r} to init_cfg=dict(type='Pretrained', ...)"
-        if isinstance(value, Mapping):
-            return f'the weights may be under {key!r} in the file: save that part alone, with torch.save'
-    if prefix:
-        return f'no name begins with {prefix!r}; load the weights of a backbone alone with its init_cfg'
-    return 'expected weights of this architecture'
+def _problem(own: Mapping[str, Size], state_dict: Mapping[str, Tensor], num_loaded: int, lost: list[str]) -> str:
+    """Return why the load is not what was meant, with the way out; empty if it may be."""
+    if any(map(OFFICIAL.search, lost)):
+        return "CE has the authors' names: convert the file with tools/model_converters/official_to_mmdet_ce.py"
+    if not num_loaded:
+        longest = max((key for key in own if not CE.search(key)), key=len)
+        for key in map(str, state_dict):
+            if key.endswith(f'.{longest}'):
+                return f"Add prefix={key[: -len(longest)]!r} to init_cfg=dict(type='Pretrained', ...)"
+        return "The file has no weights of this backbone; a backbone's own weights load by its init_cfg"
+    if lost:
+        return f'CE tensors of the file have no place here. {SAME_TRAINING}: ce_cfg, stage_with_ce, ...'
+    return ''
 
 
 def _meaning(ce: list[str], num_missing: int) -> str:
     if not num_missing:
-        return 'CE is loaded with its statistics.'
+        return 'CE is loaded with its statistics'
     if num_missing < len(ce):
-        return 'CE is loaded in part; what is missing keeps its values.'
-    if sum(key.endswith('.alpha') for key in ce) == sum(key.endswith('.theta') for key in ce):
-        return 'plain weights; CE starts as the identity and grows in.'
-    return 'plain weights under an untrained CE: let norms and CE train (norm_eval=False), or use identity_start=True.'
+        return 'The missing CE tensors keep their values'
+    if any(key.endswith('.alpha') for key in ce):
+        return 'These are plain weights; CE starts as the identity (identity_start)'
+    return (
+        'These are plain weights and CE is untrained: train norms and CE (norm_eval=False), or set identity_start=True'
+    )

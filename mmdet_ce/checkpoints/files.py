@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import uuid
 from pathlib import Path
 from typing import Any, Union
 
@@ -26,7 +27,7 @@ class AtomicLocalBackend(LocalBackend):
         """Write bytes to ``filepath``, whole or not at all."""
         path = Path(filepath)
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f'.{path.name}.tmp')
+        beside = path.with_name(f'.{path.name}.{uuid.uuid4().hex}.tmp')  # each writer has its own
         try:
             with open(beside, 'wb') as file:
                 file.write(obj)

@@ -19,12 +19,14 @@ class CECalibrationHook(Hook):
     training keeps those of its checkpoint. For the weights that a training made, use tools/calibrate.py.
 
     Args:
-        num_batches: Batches to average over, on each rank.
-        with_bn: Whether to set BatchNorm's running mean and variance too.
+        num_batches: Batches to average over, on each process.
+        with_bn: Whether to set the running mean and variance of all BatchNorms too.
 
     Example:
         >>> custom_hooks = [dict(type='CECalibrationHook', num_batches=100)]
     """
+
+    priority = 'ABOVE_NORMAL'  # before MeanTeacherHook copies the student
 
     def __init__(self, num_batches: int = 100, with_bn: bool = False) -> None:
         self.num_batches = num_batches

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any, Optional
 
 from mmdet.registry import HOOKS
@@ -10,15 +11,16 @@ from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
-from ..channel_analysis import INHIBITED_BELOW, analyze_channels
+from ..channel_analysis import INHIBITED_BELOW, watch_channels
 
 
 @HOOKS.register_module()
 class ChannelStatisticsHook(Hook):
-    """Log a backbone's channels to the visualizer: ``inhibited/LAYER`` and, for CE, ``lambda/`` and ``decorrelation/``.
+    """Log a network's channels to the visualizer: ``inhibited/LAYER`` and, for CE, ``lambda/`` and ``decorrelation/``.
 
-    Every ``interval`` iterations the images of the present batch pass through the backbone once more, in evaluation, on
-    the first rank only. The weights of the training stay the same to the bit. A network without CE can be watched too.
+    Every ``interval`` iterations the training's own forward pass is measured, on the first rank only, wherever in the
+    model the norms and CE layers are. A network without CE can be watched too. In such an iteration a frozen norm is
+    not folded into CE, so that results are the same up to rounding; elsewhere they are the same to the bit.
 
     - ``inhibited``: share of channels under ``threshold`` of the layer's mean contribution.
     - ``lambda``: share of batch decorrelation in CE.
@@ -33,21 +35,29 @@ class ChannelStatisticsHook(Hook):
     def __init__(self, interval: int = 100, threshold: float = INHIBITED_BELOW) -> None:
         self.interval = interval
         self.threshold = threshold
+        self.watch = ExitStack()
+        self.layers = {}
+
+    @master_only
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        """Start to measure, if it is time."""
+        if self.every_n_train_iters(runner, self.interval):
+            model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+            self.layers = self.watch.enter_context(watch_channels(model))
 
     @master_only
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Optional[dict] = None
     ) -> None:
-        """Measure and log, if it is time."""
+        """Log what was measured."""
         if not self.every_n_train_iters(runner, self.interval):
             return
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        images = model.data_preprocessor(dict(inputs=data_batch['inputs']), False)['inputs']
+        self.watch.close()
         scalars = {}
-        for name, layer in analyze_channels(model.backbone, [images]).items():
+        for name, layer in self.layers.items():
             row = layer.measures(self.threshold)
             scalars[f'inhibited/{name}'] = row['inhibited']
-            if layer.ce is not None:
+            if 'lambda' in row:
                 before = row['off_diagonal_before']
                 scalars[f'lambda/{name}'] = row['lambda']
                 scalars[f'decorrelation/{name}'] = row['off_diagonal_after'] / before if before else 1.0

@@ -6,7 +6,6 @@ Written anew from the paper's equations and the behaviour of the released networ
 
 from __future__ import annotations
 
-import math
 from typing import Optional
 
 import torch

@@ -125,11 +125,8 @@ def coefficients_backward(
     if settings.trains:
         trained = _statistics_backward(mixture, d_variance, saved, settings)
         d_variance = trained.variance
-        through = covariances.covariance_of_x_backward(
-            trained.covariance, trained.mean, matrix, saved.batch_projected, num_blocks
-        )
-        through_batch.append(through)
-        d_matrix = torch.add(d_matrix, through.matrix, alpha=2)
+        through_batch.append(covariances.covariance_of_x_backward(trained.covariance, trained.mean, matrix, num_blocks))
+        d_matrix = add_matmul(d_matrix, trained.covariance, saved.batch_projected, beta=1, alpha=2)
         if trained.mean is not None:
             d_matrix = torch.addcmul(d_matrix, trained.mean[..., None], saved.batch_mean[:, None])
             d_b = d_b + trained.mean

@@ -77,21 +77,16 @@ def covariance_of_x(batch: BatchMoments, matrix: Tensor) -> Projected:
 
 
 def covariance_of_x_backward(
-    d_covariance: Tensor, d_mean: Optional[Tensor], matrix: Tensor, projected: Tensor, num_blocks: int
+    d_covariance: Tensor, d_mean: Optional[Tensor], matrix: Tensor, num_blocks: int
 ) -> ProjectedGradients:
     """Return what comes through the covariance of x, (G, d, d), and through its mean, (G, d), from their gradients.
 
     The gradient of the covariance is symmetric. That of the mean is None for 0.
     """
-    weighted = matmul(d_covariance, matrix)  # (G, d, J)
-    mean = None
-    if d_mean is not None:
-        mean = matmul(d_mean.view(num_blocks, 1, -1), _by_block(matrix, num_blocks))[:, 0]
-    return ProjectedGradients(
-        covariances=matmul(_by_block(matrix, num_blocks).mT, _by_block(weighted, num_blocks)),
-        matrix=matmul(d_covariance, projected),
-        mean=mean,
-    )
+    rows = _by_block(matrix, num_blocks)
+    weighted = _by_block(matmul(d_covariance, matrix), num_blocks)
+    mean = None if d_mean is None else matmul(d_mean.view(num_blocks, 1, -1), rows)[:, 0]
+    return ProjectedGradients(covariances=matmul(rows.mT, weighted), mean=mean)
 
 
 def at_means(k_matrix: Tensor, shifts: Tensor, factor: float) -> Tensor:

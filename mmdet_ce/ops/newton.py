@@ -73,4 +73,3 @@ def inverse_sqrt_newton_derivative(normalized: Tensor, direction: Tensor, num_it
     block[:, d:, :d] = 0
     block[:, :d, d:] = torch.lerp(direction, direction.mT, 0.5)
     return inverse_sqrt_newton(block, num_iterations)[:, :d, d:]
-

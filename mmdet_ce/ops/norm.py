@@ -66,9 +66,7 @@ class NormGradients(NamedTuple):
     variance: Optional[Tensor] = None  # (C,), likewise
 
 
-def affine_backward(
-    d_matrix: Tensor, d_b: Tensor, saved: Saved, p: Parameters, settings: Settings
-) -> NormGradients:
+def affine_backward(d_matrix: Tensor, d_b: Tensor, saved: Saved, p: Parameters, settings: Settings) -> NormGradients:
     """Return the gradients from those of V, (G, d, J), and b, (G, d); b = bias - mean a."""
     if settings.norm is None:
         return NormGradients()

@@ -126,11 +126,11 @@ class Saved(NamedTuple):
     is_usable: Optional[Tensor] = None  # (1,)
     trace: Optional[Tensor] = None  # (G, 1, 1), of Sigma
     normalized: Optional[Tensor] = None  # (G, d, d), Sigma_N
-    sample_share: Optional[Tensor] = None  # (1,), this process's share of the samples of all; None where there is one process
+    sample_share: Optional[Tensor] = (
+        None  # (1,), this process's share of the samples of all; None where there is one process
+    )
     position_share: Optional[Tensor] = None  # (1,), likewise of the positions
     shift: Optional[Tensor] = None  # (G, d), this process's mean of x minus that of all
-
-
 
 
 class Coefficients(NamedTuple):

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
+import pkgutil
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
+from types import BuiltinFunctionType, FunctionType, ModuleType
 
 import hostile
 import numpy as np
@@ -16,6 +20,7 @@ from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
 from small_runner import runner
 
+from mmdet_ce.checkpoints import safe_globals
 from mmdet_ce.compat import TORCH
 
 pytestmark = pytest.mark.skipif(TORCH < (2, 6), reason='torch < 2.6 unpickles checkpoints')
@@ -54,7 +59,10 @@ def trained(tmp_path_factory):
 
 
 def assert_same(first, second, where: str = '') -> None:
-    """Assert that two trees are equal in types and values."""
+    """Assert that two trees are equal in types and values, and their functions in what they return."""
+    if callable(first):
+        assert callable(second) and first(1.0, 3.0, 0.25) == second(1.0, 3.0, 0.25), where
+        return
     assert type(first) is type(second) or isinstance(first, np.ndarray), where
     if isinstance(first, torch.Tensor):
         assert torch.equal(first, second), where
@@ -116,18 +124,39 @@ def test_mmengine_resumes(trained):
 @pytest.mark.parametrize('name', [*hostile.live(Path()), *hostile.forged()])
 @pytest.mark.parametrize('kwargs', [{}, dict(_use_new_zipfile_serialization=False)], ids=['zip', 'before torch 1.6'])
 def test_hostile_files_are_refused(name, kwargs, tmp_path):
-    path, marker, methods = tmp_path / 'a.pth', tmp_path / 'marker', dict(HistoryBuffer._statistics_methods)
+    path, marker = tmp_path / 'a.pth', tmp_path / 'marker'
     live = hostile.live(marker)
     torch.save({'state_dict': {}, 'a': {**live, **hostile.forged()}[name]}, path, **kwargs)
-    if name == 'the methods of a class':  # data alone; the functions are dropped
-        assert type(torch.load(path)['a']) is HistoryBuffer
-    else:
-        with pytest.raises(pickle.UnpicklingError, match='Weights only load failed'):
-            CheckpointLoader.load_checkpoint(str(path), logger='silent')
-    assert not marker.exists() and HistoryBuffer._statistics_methods == methods
+    with pytest.raises(pickle.UnpicklingError, match='Weights only load failed'):
+        CheckpointLoader.load_checkpoint(str(path), logger='silent')
+    assert not marker.exists()
     if name in live:
         torch.load(path, weights_only=False)
         assert marker.exists(), 'the file attacks nobody'
+
+
+def attributes(objects):
+    """Return what a file must not change: the attributes of classes, modules and functions."""
+    found = [vars(value).copy() for value in objects if hasattr(value, '__dict__')]
+    return found, dict(HistoryBuffer._statistics_methods)
+
+
+def test_no_file_changes_a_class_a_module_or_a_function(monkeypatch):
+    """Every admitted name on every other, through all of torch that sets attributes."""
+    admitted = {pkgutil.resolve_name(name): None for _, name in safe_globals.SAFE_GLOBALS if '.core.' not in name}
+    watched = [*admitted, *vars(safe_globals).values(), torch, torch.Tensor, torch.nn.Parameter, np, pickle]
+    watched += [function for function in vars(HistoryBuffer).values() if callable(function)]
+    monkeypatch.setattr(HistoryBuffer, '_statistics_methods', dict(HistoryBuffer._statistics_methods))
+    HistoryBuffer()  # the first one fills the statistics of its class
+    before = attributes(watched)
+    for name, content in hostile.changes([*admitted]):
+        file = io.BytesIO()
+        torch.save(content, file)
+        file.seek(0)
+        with suppress(pickle.UnpicklingError, AttributeError, TypeError, KeyError):  # by torch, or Python on the way
+            loaded = torch.load(file, weights_only=True)
+            assert not isinstance(loaded, (type, FunctionType, BuiltinFunctionType, ModuleType)), name
+        assert attributes(watched) == before, name
 
 
 class Mine:

@@ -28,7 +28,7 @@ def convert(source: Path, destination: Path, depth: int = 50) -> int:
     backbone.load_state_dict({**counters, **converted})
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
     meta = dict(source=source.name, source_sha256=digest, converter=f'mmdet_ce {__version__}')
-    write_checkpoint(dict(state_dict=converted, meta=meta), destination)
+    write_checkpoint(dict(state_dict=backbone.state_dict(), meta=meta), destination)  # ours: with T in its metadata
     return len(converted)
 
 

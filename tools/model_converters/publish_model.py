@@ -1,6 +1,7 @@
 """Make a checkpoint ready to share: weights alone, the file named by its hash.
 
-As mmdet's tool of this name, but it also drops the texts that a framework would run as a config.
+As mmdet's tool of this name, but it also drops the texts that a framework would run as a config, and says in ``meta``
+which CE the weights were trained with, by the name of the backbone: T, d and the position.
 """
 
 from __future__ import annotations
@@ -23,17 +24,18 @@ def publish(source: Path, destination: Path) -> Path:
     """Write the weights that a test would load; return the file's name: ``destination`` with a hash.
 
     Raises:
-        ValueError: If there is no ``state_dict`` in it, or no folder for ``destination``.
+        ValueError: If there is no ``state_dict`` in it.
     """
-    if not destination.stem or not destination.parent.is_dir():
-        raise ValueError(f'the folder {destination.parent} does not exist; make it, or name another destination')
     checkpoint = read_checkpoint(source)
     if not isinstance(checkpoint, dict) or 'state_dict' not in checkpoint:
         raise ValueError(f"{source} has no 'state_dict'; expected a training's checkpoint, like epoch_12.pth")
+    state_dict = checkpoint['state_dict']
     meta = {key: value for key, value in (checkpoint.get('meta') or {}).items() if key in META}
+    modules = getattr(state_dict, '_metadata', {})
+    meta['ce_cfg'] = {name: of['ce_cfg'] for name, of in modules.items() if 'ce_cfg' in of}
     meta['mmdet_ce_version'] = __version__
     file = io.BytesIO()
-    torch.save(dict(state_dict=checkpoint['state_dict'], meta=meta), file)
+    torch.save(dict(state_dict=state_dict, meta=meta), file)
     digest = hashlib.sha256(file.getvalue()).hexdigest()
     named = destination.with_name(f'{destination.stem}-{digest[:8]}.pth')
     AtomicLocalBackend().put(file.getvalue(), named)
