@@ -145,12 +145,14 @@ def describe_environment(log: Path) -> str:
     described = ['git', '-C', str(TOOLS), 'describe', '--always', '--dirty']
     commit = subprocess.run(described, capture_output=True, text=True).stdout.strip() or 'unknown'
     hardware = sorted(set(re.findall(r'^ +(GPU [\d,]+: .+)$', log.read_text(errors='replace'), flags=re.M)))
+    return f'commit {commit}; {describe_versions()}; {", ".join(hardware) or processor()}, {os.cpu_count()} cores'
+
+
+def processor() -> str:
+    """Return the name of this machine's processor."""
     info = Path('/proc/cpuinfo')
-    if not hardware and info.is_file():
-        hardware = re.findall(r'model name\s*: (.+)', info.read_text())[:1]
-    return (
-        f'commit {commit}; {describe_versions()}; {", ".join(hardware) or platform.machine()}, {os.cpu_count()} cores'
-    )
+    names = re.findall(r'model name\s*: (.+)', info.read_text()) if info.is_file() else []
+    return names[0] if names else platform.machine()
 
 
 def write_csv(results: list[dict[str, Any]], path: Path) -> None:
