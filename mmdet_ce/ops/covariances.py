@@ -11,12 +11,12 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from .precision import add_matmul, matmul
+from .precision import add_matmul, dot_rows, matmul, sum_rows
 from .records import BatchMoments, Moments, NormInput, Projected, ProjectedGradients
 
 
 def of_batch(moments: Moments, length: int) -> BatchMoments:
-    """Return the moments over samples and L positions: the covariance is that within samples and that of their means."""
+    """Return the moments over samples and L positions; the covariance is that of positions and of means."""
     n = max(len(moments.means), 1)
     mean = moments.means.mean(0)  # (B, J)
     shifts = moments.means - mean
@@ -54,8 +54,8 @@ def of_z_backward(
 def of_x(moments: Moments, matrix: Tensor) -> Projected:
     """Return the variances of each sample's positions of x, for V, (G, d, J)."""
     rows = _by_block(matrix, moments.means.shape[1])
-    projected = matmul(moments.covariances, rows.mT).mT.flatten(1, 2)  # V S / (L - 1), (N, C, J)
-    variance = torch.einsum('ncj,cj->nc', projected, matrix.flatten(0, 1))
+    projected = matmul(rows, moments.covariances).flatten(1, 2)  # V S / (L - 1), (N, C, J)
+    variance = dot_rows(projected, matrix.flatten(0, 1))
     return Projected(variance=variance, projected=projected)
 
 
@@ -65,7 +65,7 @@ def of_x_backward(d_variance: Tensor, matrix: Tensor, projected: Tensor, num_blo
     weighted = d_variance.unflatten(1, (num_blocks, -1))[..., None] * rows  # (N, B, R, J)
     return ProjectedGradients(
         covariances=matmul(rows.mT, weighted),
-        matrix=torch.einsum('nc,ncj->cj', d_variance, projected).view_as(matrix),
+        matrix=sum_rows(d_variance, projected).view_as(matrix),
     )
 
 

@@ -1,6 +1,6 @@
 """The passes over a map, and the only place that knows how a map lies in memory.
 
-The map h, (N, C, H, W), is contiguous or channels_last. ``group`` prepares it, as N B matrices of J channels and L = H W
+The map h, (N, C, H, W), is contiguous or channels_last. ``group`` prepares it as N B matrices of J channels and L = H W
 positions: its B channel groups, or all channels as one block where a 1x1 convolution is passed through. Four passes
 then read or write it:
 

@@ -10,7 +10,7 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from .precision import matmul
+from .precision import dot_rows, matmul, sum_rows
 from .records import Parameters, Saved
 
 
@@ -65,8 +65,8 @@ def mix_backward(d_matrix: Tensor, saved: Saved, p: Parameters, trains: bool) ->
         d_matrix = d_matrix * p.alpha
     d_sum = d_matrix.sum(0)  # (G, d, J + 1)
     rows = d_matrix.flatten(1, 2)  # (N, C, J + 1)
-    by_gate = torch.einsum('ncj,cj->nc', rows, saved.affine.flatten(0, 1)) * saved.reweighting
-    d_reweighted = torch.einsum('nc,ncj->cj', saved.reweighting, rows).view_as(d_sum)
+    by_gate = dot_rows(rows, saved.affine.flatten(0, 1)) * saved.reweighting
+    d_reweighted = sum_rows(saved.reweighting, rows).view_as(d_sum)
     towards_decorrelation = torch.dot(d_sum.flatten(), saved.decorrelation.flatten())
     towards_reweighting = by_gate.sum().view(1)
     d_affine = torch.lerp(d_reweighted, matmul(saved.whitening.mT, d_sum), saved.lambda_)

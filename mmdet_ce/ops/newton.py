@@ -34,7 +34,7 @@ def whiten_backward(d_whitening: Tensor, num_iterations: int, saved: Saved) -> T
     Through Sigma_N = Sigma / trace(Sigma): dSigma = (dSigma_N - <dSigma_N, Sigma_N> I) / trace(Sigma).
     """
     d_normalized = inverse_sqrt_newton_derivative(saved.normalized, d_whitening, num_iterations)
-    along = torch.einsum('gij,gij->g', d_normalized, saved.normalized)
+    along = (d_normalized * saved.normalized).sum((1, 2))
     d_normalized.diagonal(dim1=1, dim2=2).sub_(along[:, None])
     return d_normalized / saved.trace
 

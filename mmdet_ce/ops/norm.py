@@ -7,6 +7,7 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor, nn
 
+from .precision import dot_rows
 from .records import NormInput, Parameters, Saved, Settings
 
 
@@ -77,7 +78,7 @@ def affine_backward(d_matrix: Tensor, d_b: Tensor, saved: Saved, p: Parameters, 
     else:
         d_matrix = d_matrix.flatten(0, 1)
         d_weight = saved.a[:, None] * d_matrix
-        d_a = torch.einsum('cj,cj->c', d_matrix, p.conv_weight)
+        d_a = dot_rows(d_matrix[None], p.conv_weight)[0]
     d_a = torch.addcmul(d_a, saved.norm_mean, d_b, value=-1)
     gradients = NormGradients(
         conv_weight=d_weight,

@@ -63,6 +63,19 @@ def add_matmul(added: Tensor, a: Tensor, b: Tensor, *, beta: float, alpha: float
     return torch.baddbmm(added, a, b, beta=beta, alpha=alpha)
 
 
+def dot_rows(a: Tensor, b: Tensor) -> Tensor:
+    """Return the products of the rows of (N, C, J) with those of (C, J), summed over J: (N, C)."""
+    return torch.bmm(a.transpose(0, 1), b[..., None])[..., 0].T
+
+
+def sum_rows(weights: Tensor, a: Tensor) -> Tensor:
+    """Return the rows of (N, C, J) by their weights, (N, C), summed over N: (C, J).
+
+    The strides of the weights are those that MKL multiplies in one batch; from others torch loops over channels.
+    """
+    return torch.bmm(weights.T[..., None].mT, a.transpose(0, 1))[:, 0]
+
+
 def rounding_variance(dtype: torch.dtype) -> float:
     """Return the variance, in units of the mean square, below which it is but the rounding of equal values."""
     return (8 * torch.finfo(dtype).eps) ** 2
