@@ -15,7 +15,7 @@ from .channel_equilibrium import ChannelEquilibrium
 # CE goes through a convolution of C_in channels from this many positions a channel on. The moments cost C C_in^2 for
 # each image, whatever its size, and save passes over a map of C channels. Measured on a CPU by
 # `tools/benchmark_ce.py --what block`; docs/benchmarks.md has the table.
-LEAST_POSITIONS_PER_CHANNEL = 18
+LEAST_POSITIONS_PER_CHANNEL = 16
 
 HOOKS = ('forward_hooks', 'forward_pre_hooks', 'backward_hooks', 'backward_pre_hooks')
 

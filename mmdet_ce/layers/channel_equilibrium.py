@@ -189,10 +189,10 @@ class ChannelEquilibrium(nn.Module):
 
     @torch.no_grad()
     def _update(self, statistics: Statistics) -> None:
-        """Move the running values towards those of the batch, unless it has no variance or is not finite."""
+        """Move the running values towards those of the batch, unless it is not finite."""
         running = [self.bd.running_mean, self.bd.running_whitening, self.ir.running_scale]
         values = [statistics.mean, statistics.whitening, statistics.scale]
-        values = [torch.where(statistics.is_usable, value, old) for value, old in zip(values, running)]
+        values = [torch.where(statistics.is_finite, value, old) for value, old in zip(values, running)]
         move = get_ema_multi_avg_fn(1 - self.momentum)
         move(running, [value.to(old.dtype) for value, old in zip(values, running)], None)
 

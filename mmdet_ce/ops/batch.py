@@ -5,6 +5,7 @@ The moments of a group are exchanged in the forward pass, and two gradients in t
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, Optional
 
 import torch
@@ -80,26 +81,32 @@ class Scale(NamedTuple):
     """The scale s; the other fields are those of ``Saved``."""
 
     scale: Tensor  # (1,)
-    is_usable: Tensor  # (1,)
     mean_variance: Tensor  # (1,), s^2
+    has_variance: Tensor  # (1,), whether the batch has more variance than rounding leaves
+    is_finite: Tensor  # (1,), whether the batch is finite
 
 
 def batch_scale(batch: Batch, map_dtype: torch.dtype) -> Scale:
-    """Return s = sqrt(mean(v)), and whether the batch is usable: finite, with more variance than rounding leaves.
+    """Return s = sqrt(mean(v)).
 
     A batch without variance of positions (all-zero, constant or 1x1 maps; the network's first step when
     zero_init_residual zeroes the norm before CE) has nothing to be equalized: s = 1, where the formula has 0 / 0.
     """
     second_moment = torch.addcmul(batch.covariance.diagonal(dim1=1, dim2=2), batch.mean, batch.mean).mean().view(1)
     beyond_rounding = torch.sub(batch.mean_variance, second_moment, alpha=rounding_variance(map_dtype))
-    is_usable = beyond_rounding > least_variance(map_dtype)  # not of NaN, nor of inf - inf
-    mean_variance = torch.where(is_usable, batch.mean_variance, 1.0)
-    return Scale(scale=mean_variance.sqrt(), is_usable=is_usable, mean_variance=mean_variance)
+    has_variance = beyond_rounding > least_variance(map_dtype)
+    mean_variance = torch.where(has_variance, batch.mean_variance, 1.0)
+    return Scale(
+        scale=mean_variance.sqrt(),
+        mean_variance=mean_variance,
+        has_variance=has_variance,
+        is_finite=batch.mean_variance < math.inf,  # NaN is not less
+    )
 
 
 def batch_scale_backward(d_variance: Tensor, d_log_inverse_scale: Tensor, saved: Saved) -> Tensor:
     """Add to the gradient of v, (N, C), what comes through s = sqrt(mean(v)), from that of log(1 / s), (1,)."""
-    of_all = d_log_inverse_scale * saved.is_usable
+    of_all = d_log_inverse_scale * saved.has_variance
     if saved.sample_share is not None:
         of_all = of_all * saved.sample_share
     return torch.addcdiv(d_variance, of_all, saved.mean_variance, value=-0.5 / max(d_variance.numel(), 1))

@@ -82,12 +82,12 @@ def _statistics(
         mean=whole.mean[..., None],
         whitening=whitening.whitening,
         scale=scale.scale,
-        is_usable=scale.is_usable,
+        is_finite=scale.is_finite,
     )
     kept = dict(
         batch_projected=x.projected,
         mean_variance=scale.mean_variance,
-        is_usable=scale.is_usable,
+        has_variance=scale.has_variance,
         trace=whitening.trace,
         normalized=whitening.normalized,
         sample_share=whole.sample_share,

@@ -51,10 +51,9 @@ def matrices(x: Tensor, block_size: int, channels_last: bool) -> Tensor:
     return by_position.transpose(1, 2).reshape(n * num_blocks, length, block_size).mT
 
 
-def as_map(values: Tensor, like: Tensor, channels_last: bool) -> Tensor:
-    """Return (N B, J, L) matrices as a map with the samples, size and dtype of ``like``."""
+def as_map(values: Tensor, like: Tensor, num_blocks: int, channels_last: bool) -> Tensor:
+    """Return (N B, R, L) matrices as a map with the samples, size and dtype of ``like``."""
     n, _, height, width = like.shape
-    num_blocks = len(values) // max(n, 1)
     block_size, length = values.shape[1:]
     channels = num_blocks * block_size
     values = values.to(like.dtype)
@@ -87,8 +86,7 @@ def group(
     if means is None:
         means = values.mean(2, dtype=dtype).view(x.shape[0], x.shape[1] // block_size, block_size)
     if is_centered:
-        # The difference is taken in float32 and rounded to 16 bits in one operation
-        values = torch.sub(values, means.flatten(0, 1)[..., None], out=torch.empty_like(values))
+        values = _add(values, -means.flatten(0, 1)[..., None], channels_last, values.dtype)
     # torch.compile takes no buffer that is transposed
     has_scratch = with_scratch and not (channels_last or is_centered)
     return GroupedMap(
@@ -137,10 +135,11 @@ def apply(h: GroupedMap, x: Tensor, matrix: Tensor, shortcut: Optional[Tensor] =
         added = added.to(h.values.dtype)
     else:
         shortcut = matrices(shortcut, factor.shape[1], h.channels_last)
-        if out is None or out.shape != shortcut.shape:
-            out = torch.empty_like(shortcut, dtype=h.values.dtype)
-        added = torch.add(shortcut, added, out=out)  # in float32, where the shortcut has 16 bits
-    result = as_map(_multiply(factor, h.values, h.channels_last, added, out), x, h.channels_last)
+        has_scratch = out is not None and out.shape == shortcut.shape
+        added = _add(shortcut, added, h.channels_last, h.values.dtype, out if has_scratch else None)
+        out = added
+    values = _multiply(factor, h.values, h.channels_last, added, out)
+    result = as_map(values, x, h.means.shape[1], h.channels_last)
     return result.relu_() if relu else result
 
 
@@ -188,7 +187,17 @@ def apply_backward(
         dh = k_matrix * h.values
     else:
         dh = torch.addcmul(added, k_matrix, h.values)
-    return as_map(_multiply(factor, dy, h.channels_last, dh, dh), x, h.channels_last)
+    return as_map(_multiply(factor, dy, h.channels_last, dh, dh), x, h.means.shape[1], h.channels_last)
+
+
+def _add(
+    values: Tensor, constants: Tensor, channels_last: bool, dtype: torch.dtype, out: Optional[Tensor] = None
+) -> Tensor:
+    """Return values + constants, (N B, R, L), in a dtype, to which the sum is rounded within the operation."""
+    if channels_last:  # torch.compile takes no result that is transposed
+        return _add(values.mT, constants.mT, False, dtype).mT
+    out = torch.empty_like(values, dtype=dtype) if out is None else out
+    return torch.add(values, constants, out=out)
 
 
 def _multiply(

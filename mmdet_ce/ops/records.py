@@ -67,7 +67,7 @@ class Statistics(NamedTuple):
     mean: Optional[Tensor] = None  # (G, d, 1), mu of x
     whitening: Optional[Tensor] = None  # (G, d, d), P_T
     scale: Optional[Tensor] = None  # (1,), s
-    is_usable: Optional[Tensor] = None  # (1,), whether the batch has variance, and all of it is finite
+    is_finite: Optional[Tensor] = None  # (1,), whether the batch is finite
 
 
 class NormInput(NamedTuple):
@@ -123,7 +123,7 @@ class Saved(NamedTuple):
     # the batch, where CE trains
     batch_projected: Optional[Tensor] = None  # V times the covariance of the batch, (G, d, J)
     mean_variance: Optional[Tensor] = None  # (1,), s^2
-    is_usable: Optional[Tensor] = None  # (1,)
+    has_variance: Optional[Tensor] = None  # (1,)
     trace: Optional[Tensor] = None  # (G, 1, 1), of Sigma
     normalized: Optional[Tensor] = None  # (G, d, d), Sigma_N
     sample_share: Optional[Tensor] = (
