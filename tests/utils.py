@@ -80,21 +80,19 @@ def unset_statistics(forward: Callable[[], object]) -> list[str]:
     return [str(w.message) for w in caught if 'statistics that no data ever updated' in str(w.message)]
 
 
-def reference(ce: ChannelEquilibrium, x: torch.Tensor) -> ReferenceOutput:
-    """Run the oracle with the parameters of ``ce``, in its mode and dtype."""
+def reference(ce: ChannelEquilibrium, x: torch.Tensor, **kwargs: object) -> ReferenceOutput:
+    """Run the oracle with the parameters of ``ce``, in its mode and dtype; further arguments are the oracle's."""
     running = {} if ce.training else dict(running_whitening=ce.bd.running_whitening, running_scale=ce.ir.running_scale)
     return channel_equilibrium_reference(
         x,
         ce.theta,
-        ce.ir.fc1.weight,
-        ce.ir.norm.weight,
-        ce.ir.norm.bias,
-        ce.ir.fc2.weight,
+        *ce.ir.gate_parameters,
         group_size=ce.group_size,
         num_iterations=ce.bd.num_iterations,
         eps=ce.bd.eps,
         alpha=ce.alpha,
         **running,
+        **kwargs,
     )
 
 

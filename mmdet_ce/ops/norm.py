@@ -51,7 +51,9 @@ def move_running_values(norm: nn.BatchNorm2d, batch: NormInput, count: int) -> N
     if not norm.track_running_stats or not norm.training:
         return
     norm.num_batches_tracked.add_(1)
-    momentum = 1 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
+    momentum = norm.momentum
+    if momentum is None:  # the mean of all batches
+        momentum = 1 / norm.num_batches_tracked.to(norm.running_mean.dtype)
     unbiased = batch.variance * (count / (count - 1))
     for running, value in ((norm.running_mean, batch.mean), (norm.running_var, unbiased)):
         running.lerp_(value.to(running.dtype), momentum)

@@ -7,8 +7,7 @@ import torch
 from utils import assert_agree
 
 from mmdet_ce.ops import inverse_sqrt_newton
-from mmdet_ce.ops.newton import whitening, whitening_backward
-from mmdet_ce.ops.records import Saved
+from mmdet_ce.ops.newton import whiten, whiten_backward
 
 
 def covariance(d: int, condition: float, dtype: torch.dtype) -> torch.Tensor:
@@ -39,8 +38,9 @@ def test_converges_to_the_inverse_square_root():
 def test_whitening_backward_is_the_gradient(num_iterations):
     root = torch.randn(2, 6, 6, dtype=torch.float64)
     sigma = (root @ root.mT).requires_grad_()
-    trace, normalized, p = whitening(sigma, 1e-3, num_iterations)
+    whitening = whiten(sigma.clone(), 1e-3, num_iterations)
     grad = torch.randn(2, 6, 6, dtype=torch.float64)
-    (expected,) = torch.autograd.grad(p, sigma, grad)
-    actual = whitening_backward(Saved(trace=trace.detach(), normalized=normalized.detach()), num_iterations, grad)
+    (expected,) = torch.autograd.grad(whitening.whitening, sigma, grad)
+    with torch.no_grad():
+        actual = whiten_backward(grad, num_iterations, whitening)
     assert_agree(actual, 0.5 * (expected + expected.mT), 1e-11)
