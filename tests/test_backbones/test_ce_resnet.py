@@ -11,8 +11,8 @@ from released import assert_network_agrees, network_state
 from utils import randomize
 
 from mmdet_ce import CEResNet, ChannelEquilibrium
-from mmdet_ce.backbones.ce_resnet import norm_ce
 from mmdet_ce.checkpoints.official import convert_official_state_dict
+from mmdet_ce.layers.block_end import block_end
 
 
 @pytest.mark.parametrize('training', [False, True])
@@ -70,7 +70,7 @@ def test_a_norm_of_another_class_is_not_folded():
     ce = randomize(ChannelEquilibrium(16)).eval()
     norm = TenfoldBatchNorm(16).eval()
     x = torch.randn(1, 16, 4, 4)
-    assert torch.equal(norm_ce(norm, ce, x), ce(norm(x)))
+    assert torch.equal(block_end(x, norm, ce), ce(norm(x)))
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,8 @@ def step(backbone: torch.nn.Module, x: torch.Tensor) -> None:
 @pytest.mark.parametrize('ce_eval', [None, True, False])
 @pytest.mark.parametrize('frozen_stages', [-1, 0, 2])
 def test_ce_follows_norm_eval_and_frozen_stages(norm_eval, ce_eval, frozen_stages):
-    backbone = CEResNet(norm_eval=norm_eval, ce_eval=ce_eval, frozen_stages=frozen_stages, **TINY).train()
+    backbone = CEResNet(norm_eval=norm_eval, ce_eval=ce_eval, frozen_stages=frozen_stages, **TINY)
+    backbone = randomize(backbone).train()
     before = copy.deepcopy(backbone.state_dict())
     step(backbone, torch.randn(2, 3, 64, 64))
     trains = not (norm_eval if ce_eval is None else ce_eval)

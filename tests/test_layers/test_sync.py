@@ -40,7 +40,7 @@ def run_case(case: str, layer: torch.nn.ModuleList, x: torch.Tensor, weights: to
     x = x.clone().requires_grad_()
     norm = norm if case == 'folded norm' else None
     run = partial(checkpoint, ce, use_reentrant=False) if case == 'checkpointed' else ce
-    out = run(x, norm)
+    out = run(x, norm=norm)
     (out * weights).sum().backward()
     result = {'out': out.detach(), 'grad': x.grad, **{f'grad.{n}': p.grad for n, p in layer.named_parameters()}}
     return {**result, **{f'buffer.{n}': b for n, b in layer.named_buffers()}}
