@@ -21,7 +21,6 @@ setup(
     python_requires='>=3.8',
     packages=[*find_packages(include=['mmdet_ce', 'mmdet_ce.*']), *config_packages],
     package_dir=config_packages,
-    package_data={'': ['*.yml']},
     # On purpose without torch, mmengine, mmcv and mmdet: a dependency could replace the user's own build or fork of
     # them. mmdet_ce/environment.py checks what is installed when the package is imported.
     install_requires=[],

@@ -101,7 +101,7 @@ def _problem(own: Mapping[str, Size], state_dict: Mapping[str, Tensor], num_load
                 return f"Add prefix={key[: -len(longest)]!r} to init_cfg=dict(type='Pretrained', ...)"
         return "The file has no weights of this backbone; a backbone's own weights load by its init_cfg"
     if lost:
-        return f'CE tensors of the file have no place here. {SAME_TRAINING}: ce_cfg, stage_with_ce, ...'
+        return f'CE tensors of the file have no place here. {SAME_TRAINING}'
     return ''
 
 

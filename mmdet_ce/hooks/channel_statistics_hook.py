@@ -19,8 +19,8 @@ class ChannelStatisticsHook(Hook):
     """Log a network's channels to the visualizer: ``inhibited/LAYER`` and, for CE, ``lambda/`` and ``decorrelation/``.
 
     Every ``interval`` iterations the training's own forward pass is measured, on the first rank only, wherever in the
-    model the norms and CE layers are. A network without CE can be watched too. In such an iteration a frozen norm is
-    not folded into CE, so that results are the same up to rounding; elsewhere they are the same to the bit.
+    model the norms and CE layers are. A network without CE can be watched too, and trains the same to the bit. With CE,
+    such an iteration is the same up to rounding, since CE then leaves the norm, shortcut and ReLU to their own modules.
 
     - ``inhibited``: share of channels under ``threshold`` of the layer's mean contribution.
     - ``lambda``: share of batch decorrelation in CE.
