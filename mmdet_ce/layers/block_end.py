@@ -35,7 +35,7 @@ def block_end(
     it. This is the only place that decides what is taken in. A module that computes anything else, or that has a hook,
     is called on its own. So is every module in an exported graph, whose runtime folds norms into convolutions itself.
     """
-    if type(ce) is not ChannelEquilibrium or x.numel() == 0 or is_tracing() or is_hooked(ce):
+    if type(ce) is not ChannelEquilibrium or is_tracing() or x.numel() == 0 or is_hooked(ce):
         return _apart(x, norm, ce, conv, shortcut, relu)
     takes_norm = _is_batch_norm(norm)
     takes_conv = takes_norm and conv is not None and _is_passed_through(conv, x)

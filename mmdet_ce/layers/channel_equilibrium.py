@@ -18,7 +18,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from .. import compat
 from ..ops import channel_equilibrium
 from ..ops.gate import LAYER_NORM_EPS
-from ..ops.precision import in_backward_pass
+from ..ops.precision import in_backward_pass, is_tracing
 from ..ops.records import Statistics
 
 
@@ -149,7 +149,7 @@ class ChannelEquilibrium(nn.Module):
         """
         self._check_input(x, conv)
         process_group = self._process_group()
-        if x.numel() == 0 and process_group is None:
+        if process_group is None and not is_tracing() and x.numel() == 0:
             return self._of_nothing(x, conv, norm, shortcut)
         out, statistics = channel_equilibrium(
             x,

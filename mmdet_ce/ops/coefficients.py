@@ -35,7 +35,7 @@ def coefficients(moments: Moments, length: int, parameters: Parameters, settings
         move_running_values(settings.norm, z, count=len(moments.means) * length)
     norm = affine(z, p, settings)
     matrix = affine_matrix(norm, p.conv_weight, moments.means, settings.group_size)  # [V | b], (G, d, J + 1)
-    x = moments_of.of_x(moments, matrix[..., :-1])
+    x = moments_of.of_x(moments, matrix[..., :-1], norm.a)
     gates = gate(x.variance, p)
     if settings.trains:
         statistics, kept = _statistics(batch, x.variance, matrix, length, settings)
@@ -130,7 +130,7 @@ def coefficients_backward(
         if trained.mean is not None:
             d_matrix = torch.addcmul(d_matrix, trained.mean[..., None], saved.batch_mean[:, None])
             d_b = d_b + trained.mean
-    samples = moments_of.of_x_backward(d_variance, matrix, saved.projected, num_blocks)
+    samples = moments_of.of_x_backward(d_variance, matrix, saved.projected, saved.a, num_blocks)
     d_matrix = torch.add(d_matrix, samples.matrix, alpha=2)
     norm = affine_backward(d_matrix, d_b, saved, p, settings)
     d_conv_weight = norm.conv_weight
@@ -140,7 +140,8 @@ def coefficients_backward(
         )
         through_batch.append(through)
         if d_conv_weight is not None:
-            d_conv_weight = torch.add(d_conv_weight, through.matrix, alpha=2)
+            # Not by alpha: torch.compile of torch 2.13 drops it beside a product of two matrices
+            d_conv_weight = d_conv_weight + 2 * through.matrix
             d_conv_weight = torch.addcmul(d_conv_weight, norm.mean[:, None], saved.batch_mean)
     k_matrix = samples.covariances * (2 / (length - 1) if length > 1 else 0.0)  # one position has no variance
     k_vector = None

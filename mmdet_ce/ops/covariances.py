@@ -51,7 +51,7 @@ def of_z_backward(
     )
 
 
-def of_x(moments: Moments, matrix: Tensor) -> Projected:
+def of_x(moments: Moments, matrix: Tensor, a: Optional[Tensor]) -> Projected:
     """Return the variances of each sample's positions of x, for V, (G, d, J)."""
     rows = _by_block(matrix, moments.means.shape[1])
     projected = matmul(rows, moments.covariances).flatten(1, 2)  # V S / (L - 1), (N, C, J)
@@ -59,7 +59,9 @@ def of_x(moments: Moments, matrix: Tensor) -> Projected:
     return Projected(variance=variance, projected=projected)
 
 
-def of_x_backward(d_variance: Tensor, matrix: Tensor, projected: Tensor, num_blocks: int) -> ProjectedGradients:
+def of_x_backward(
+    d_variance: Tensor, matrix: Tensor, projected: Tensor, a: Optional[Tensor], num_blocks: int
+) -> ProjectedGradients:
     """Return what comes through the variances of x, from their gradient, (N, C)."""
     rows = _by_block(matrix, num_blocks)
     weighted = d_variance.unflatten(1, (num_blocks, -1))[..., None] * rows  # (N, B, R, J)

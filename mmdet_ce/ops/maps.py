@@ -104,7 +104,7 @@ def moments(h: GroupedMap, with_covariance: bool) -> Moments:
     Sums about zero would lose the variance of a channel whose mean is many deviations.
     """
     length = h.values.shape[2]
-    factor = 1 / max(length - 1, 1)  # a 1x1 map has no variance
+    factor = 1 / (length - 1 + 1 // length)  # 1 for a 1x1 map, whose variance is 0; max() would choose in a trace
     flat_means = h.means.flatten(0, 1)[..., None]  # (N B, J, 1)
     if h.values.is_cuda and not (h.is_centered or with_covariance):  # one read; on a CPU it takes ten times as long
         covariances = h.values.var(2, correction=min(1, length - 1))
@@ -196,7 +196,7 @@ def _add(
     """Return values + constants, (N B, R, L), in a dtype, to which the sum is rounded within the operation."""
     if channels_last:  # torch.compile takes no result that is transposed
         return _add(values.mT, constants.mT, False, dtype).mT
-    out = torch.empty_like(values, dtype=dtype) if out is None else out
+    out = values.new_empty(values.shape, dtype=dtype) if out is None else out
     return torch.add(values, constants, out=out)
 
 

@@ -142,7 +142,7 @@ def _forward(
     )
     needs_covariance = settings.trains or parameters.conv_weight is not None
     c = coefficients(maps.moments(h, needs_covariance), x.shape[2] * x.shape[3], parameters, settings)
-    return maps.apply(h, x, _by_block(c.matrix, len(h.values)), shortcut, relu), c
+    return maps.apply(h, x, _by_block(c.matrix, h.values.shape[0]), shortcut, relu), c
 
 
 def _block_size(x: Tensor, settings: Settings, parameters: Parameters) -> int:
@@ -193,7 +193,7 @@ class _ChannelEquilibrium(torch.autograd.Function):
         with compat.without_autocast(x.device.type):
             block_size = _block_size(x, settings, parameters)
             h = maps.group(x, block_size, settings.dtype, ctx.channels_last, means=saved.means)
-            matrix = _by_block(saved.matrix, len(h.values))
+            matrix = _by_block(saved.matrix, h.values.shape[0])
             d_matrix, d_shortcut, dy = maps.reduce_backward(grad, h, matrix.shape[1], out)
             gradients = coefficients_backward(d_matrix.view_as(saved.matrix), length, saved, parameters, settings)
             d_x = None

@@ -126,9 +126,7 @@ class Saved(NamedTuple):
     has_variance: Optional[Tensor] = None  # (1,)
     trace: Optional[Tensor] = None  # (G, 1, 1), of Sigma
     normalized: Optional[Tensor] = None  # (G, d, d), Sigma_N
-    sample_share: Optional[Tensor] = (
-        None  # (1,), this process's share of all samples; None for one process
-    )
+    sample_share: Optional[Tensor] = None  # (1,), this process's share of all samples; None for one process
     position_share: Optional[Tensor] = None  # (1,), likewise of the positions
     shift: Optional[Tensor] = None  # (G, d), this process's mean of x minus that of all
 

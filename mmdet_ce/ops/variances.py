@@ -5,6 +5,8 @@ Then V is diagonal, and so is each covariance, (N, G, d), that of the batch, (G,
 
 from __future__ import annotations
 
+from typing import Optional
+
 import torch
 from torch import Tensor
 
@@ -32,19 +34,24 @@ def of_z_backward(
     return ProjectedGradients(covariances=d_variance.view_as(batch_mean), mean=d_mean.view_as(batch_mean))
 
 
-def of_x(moments: Moments, matrix: Tensor) -> Projected:
-    """Return the variances of each sample's positions of x, for a diagonal V, (G, d, d)."""
-    a = matrix.diagonal(dim1=1, dim2=2)
+def of_x(moments: Moments, matrix: Tensor, a: Optional[Tensor]) -> Projected:
+    """Return the variances of each sample's positions of x = a z + b, for a, (C,), or None for 1."""
+    if a is None:
+        return Projected(variance=moments.covariances.flatten(1), projected=moments.covariances)
+    a = a.view(moments.means.shape[1:])
     projected = moments.covariances * a
     return Projected(variance=(projected * a).flatten(1), projected=projected)
 
 
-def of_x_backward(d_variance: Tensor, matrix: Tensor, projected: Tensor, num_blocks: int) -> ProjectedGradients:
+def of_x_backward(
+    d_variance: Tensor, matrix: Tensor, projected: Tensor, a: Optional[Tensor], num_blocks: int
+) -> ProjectedGradients:
     """Return what comes through the variances of x, from their gradient, (N, C)."""
-    a = matrix.diagonal(dim1=1, dim2=2)
     d_variance = d_variance.view_as(projected)
     d_a = (d_variance * projected).sum(0)
-    return ProjectedGradients(covariances=d_variance * a.square(), matrix=torch.diag_embed(d_a))
+    if a is not None:
+        d_variance = d_variance * a.view(projected.shape[1:]).square()
+    return ProjectedGradients(covariances=d_variance, matrix=torch.diag_embed(d_a))
 
 
 def at_means(k_matrix: Tensor, shifts: Tensor, factor: float) -> Tensor:

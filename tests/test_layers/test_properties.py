@@ -51,7 +51,8 @@ blocks = st.fixed_dictionaries(
     dtype=st.sampled_from([*TOLERANCE]),
     layout=st.sampled_from(['contiguous', 'channels_last', 'sliced', 'transposed', 'expanded']),
     training=st.booleans(),
-    with_norm=st.booleans(),
+    norm_trains=st.sampled_from([None, False, True]),
+    in_channels=st.sampled_from([None, 1, 4]),
     seed=st.integers(0, 9),
 )
 @example(  # one value a channel: Sigma is eps I, and its gradient times x - m is 0 times 1 / eps
@@ -61,27 +62,37 @@ blocks = st.fixed_dictionaries(
     dtype=torch.float32,
     layout='contiguous',
     training=True,
-    with_norm=False,
+    norm_trains=None,
+    in_channels=None,
     seed=0,
 )
-def test_equals_the_reference(block, num_groups, shape, dtype, layout, training, with_norm, seed):
-    """Output and all gradients, for any shape (1x1, one image), dtype and layout, the norm before CE folded or not."""
+def test_equals_the_reference(block, num_groups, shape, dtype, layout, training, norm_trains, in_channels, seed):
+    """Output and all gradients, for any shape (1x1, one image), dtype and layout, with what is before CE or without."""
     torch.manual_seed(seed)
     channels, (n, h, w) = num_groups * block['num_channels'], shape
+    if norm_trains and n * h * w < 8:
+        norm_trains = False  # a norm over a few values divides by deviations of next to nothing
+    if norm_trains is None:
+        in_channels = None  # a convolution comes with a norm
     block = {**block, 'reduction': min(block['reduction'], channels)}
-    ce = randomize(ChannelEquilibrium(channels, **block), seed).to(dtype).train(training)
-    norm = randomize(nn.BatchNorm2d(channels), seed).to(dtype).eval() if with_norm else None
-    x = lay_out(torch.randn(n, channels, h, w).to(dtype), layout).requires_grad_()
-    grad = torch.randn(n, channels, h, w).to(dtype)
-    ce64, norm64 = copy.deepcopy(ce).double(), copy.deepcopy(norm).double() if with_norm else nn.Identity()
+    parts = nn.ModuleDict(dict(ce=randomize(ChannelEquilibrium(channels, **block), seed).train(training)))
+    if norm_trains is not None:
+        parts['norm'] = randomize(nn.BatchNorm2d(channels), seed).train(norm_trains)
+    if in_channels is not None:
+        parts['conv'] = randomize(nn.Conv2d(in_channels, channels, 1, bias=False), seed)
+    parts.to(dtype)
+    parts64 = copy.deepcopy(parts).double()
+    x = lay_out(torch.randn(n, in_channels or channels, h, w).to(dtype), layout).requires_grad_()
     x64 = x.detach().double().requires_grad_()
+    grad = torch.randn(n, channels, h, w).to(dtype)
 
-    expected = reference(ce64, norm64(x64)).out
-    inputs64 = [x64, *ce64.parameters(), *norm64.parameters()]
-    expected_grads = torch.autograd.grad(expected, inputs64, grad.double())
-    out = ce(x, norm)
-    inputs = [x, *ce.parameters(), *(norm.parameters() if with_norm else ())]
-    grad_x, *grads = torch.autograd.grad(out, inputs, grad)
+    before = dict(norm=parts64['norm'] if 'norm' in parts else None)
+    before['conv_weight'] = parts64['conv'].weight if 'conv' in parts else None
+    expected = reference(parts64['ce'], x64, **before).out
+    expected_grads = torch.autograd.grad(expected, [x64, *parts64.parameters()], grad.double())
+    before = {name: parts[name] for name in ('conv', 'norm') if name in parts}
+    out = parts['ce'](x, **before)
+    grad_x, *grads = torch.autograd.grad(out, [x, *parts.parameters()], grad)
 
     assert out.dtype == dtype
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
