@@ -17,7 +17,9 @@ from .channel_equilibrium import ChannelEquilibrium
 # `tools/benchmark_ce.py --what block`; docs/benchmarks.md has the table.
 LEAST_POSITIONS_PER_CHANNEL = 16
 
-HOOKS = ('forward_hooks', 'forward_pre_hooks', 'backward_hooks', 'backward_pre_hooks')
+KINDS = ('forward_hooks', 'forward_pre_hooks', 'backward_hooks', 'backward_pre_hooks')
+OWN_HOOKS = tuple(f'_{kind}' for kind in KINDS)
+GLOBAL_HOOKS = tuple(getattr(every_module, f'_global_{kind}') for kind in KINDS)
 
 
 @compat.outside_graphs
@@ -104,6 +106,4 @@ def _is_passed_through(conv: nn.Module, x: Tensor) -> bool:
 def is_hooked(module: nn.Module) -> bool:
     """Return whether a module has hooks, its own or those of every module, or a forward method of its own."""
     own = vars(module)
-    if 'forward' in own or any(own[f'_{kind}'] for kind in HOOKS):
-        return True
-    return any(getattr(every_module, f'_global_{kind}') for kind in HOOKS)
+    return 'forward' in own or any(GLOBAL_HOOKS) or any(own[hooks] for hooks in OWN_HOOKS)

@@ -26,7 +26,7 @@ from .records import BatchMoments, Coefficients, Gradients, Moments, Parameters,
 
 def coefficients(moments: Moments, length: int, parameters: Parameters, settings: Settings) -> Coefficients:
     """Return what the map h is multiplied with, from its moments; its samples have L positions each."""
-    p = _converted(parameters, settings.dtype)
+    p = converted(parameters, settings.dtype)
     moments_of = _moments_of(moments.means, moments.covariances)
     batch = moments_of.of_batch(moments, length) if settings.trains or settings.norm_trains else None
     z = None
@@ -111,7 +111,7 @@ def coefficients_backward(
     What comes through the moments of h is K and k in dh = K (h - m) + k: through the covariance of a sample comes
     2 / (L - 1) times its gradient, through that of the batch 2 / (N L) times it.
     """
-    p = _converted(parameters, settings.dtype)
+    p = converted(parameters, settings.dtype)
     moments_of = _moments_of(saved.means, saved.projected)
     num_samples, num_blocks, _ = saved.means.shape
     num_positions = max(num_samples * length, 1)
@@ -196,9 +196,10 @@ def _moments_of(means: Tensor, covariances_or_projected: Tensor) -> ModuleType:
     return variances if covariances_or_projected.shape == means.shape else covariances
 
 
-def _converted(parameters: Parameters, dtype: torch.dtype) -> Parameters:
+def converted(parameters: Parameters, dtype: torch.dtype) -> Parameters:
     """Return the parameters in the dtype that is computed in, a convolution's weight as W, (C, J)."""
-    converted = Parameters._make(None if tensor is None else tensor.to(dtype) for tensor in parameters)
-    if converted.conv_weight is None:
-        return converted
-    return converted._replace(conv_weight=converted.conv_weight.flatten(1))
+    if any(tensor is not None and tensor.dtype != dtype for tensor in parameters):
+        parameters = Parameters._make(None if tensor is None else tensor.to(dtype) for tensor in parameters)
+    if parameters.conv_weight is None:
+        return parameters
+    return parameters._replace(conv_weight=parameters.conv_weight.flatten(1))
