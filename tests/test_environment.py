@@ -23,7 +23,7 @@ PROBLEMS = [
     ('import torch; torch.__version__ = "2.0.1+cu118"', 'torch 2.1 or later, but found torch 2.0.1'),
     ('import mmcv; mmcv.__version__ = "2.2.0"', 'mmdet 3.0 or later, which does not import: MMCV==2.2.0 is used'),
     (HIDE.format(name='mmdet'), 'mmdet 3.0 or later, which is not installed. Found: python 3.'),
-    (HIDE.format(name='pycocotools'), "mmdet 3.0 or later, which does not import: No module named 'pycocotools'"),
+    (HIDE.format(name='pycocotools'), "mmdet.models, which does not import: No module named 'pycocotools'"),
 ]
 
 
