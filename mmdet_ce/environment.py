@@ -34,7 +34,7 @@ def check_environment() -> None:
     """
     problems = [problem for problem in map(_problem, LEAST) if problem]
     if not problems:
-        problems = [problem for problem in [_problem_of_operators()] if problem]
+        problems = [problem for problem in [_problem_of_parts()] if problem]
     if problems:
         message = f'mmdet_ce needs {"; ".join(problems)}. Found: {_joined(_found())}. The README says how to install it'
         # With the package's name `python -m mmdet_ce` ends with this line alone, without a traceback.
@@ -54,13 +54,18 @@ def _problem(name: str) -> Optional[str]:
     return f'{needed}, but found {name} {version}' if version_of(version) < version_of(LEAST[name]) else None
 
 
-def _problem_of_operators() -> Optional[str]:
+def _problem_of_parts() -> Optional[str]:
+    """Import what mmcv and mmdet load only where it is used."""
     try:
         importlib.import_module('mmcv.ops')
     except ModuleNotFoundError:
         return 'mmcv with its compiled operators, but this one has none (mmcv-lite, or a build without them)'
     except ImportError as error:
         return f'mmcv with operators that were compiled for the installed torch, but they do not load: {error}'
+    try:
+        importlib.import_module('mmdet.models')
+    except ImportError as error:
+        return f'mmdet.models, which does not import: {error}'
     return None
 
 

@@ -124,7 +124,7 @@ def semi_supervised():
     batch = dict(inputs={}, data_samples={})
     for branch in ('sup', 'unsup_teacher', 'unsup_student'):
         part = demo_mm_inputs(1, [[3, 64, 96]], num_classes=2)
-        part['data_samples'][0].set_metainfo(dict(homography_matrix=np.eye(3)))
+        part['data_samples'][0].set_metainfo(dict(homography_matrix=np.eye(3, dtype=np.float32)))
         for key, of_branch in batch.items():
             of_branch[branch] = part[key]
     return MODELS.build(cfg), batch

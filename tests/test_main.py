@@ -9,9 +9,10 @@ import sys
 
 import pytest
 from conftest import ROOT
+from mmengine.config import Config
 from utils import call
 
-from mmdet_ce.__main__ import config_names, copy_config, main
+from mmdet_ce.__main__ import CONFIGS, config_names, copy_config, main
 
 
 def run(*arguments, **kwargs):
@@ -24,16 +25,30 @@ def test_copies_a_config_with_its_bases(tmp_path):
     assert [path.name for path in copies] == ['mask-rcnn_r50-ce_fpn_amp-1x_coco.py', 'mask-rcnn_r50-ce_fpn_1x_coco.py']
     with pytest.raises(FileExistsError, match='exists already'):
         copy_config('ce/mask-rcnn_r50-ce_fpn_1x_coco', tmp_path / 'new')
-    with pytest.raises(FileNotFoundError, match='no config named none'):
-        copy_config('none', tmp_path)
+    assert call(main, 'copy', 'none') == 'error: no config named none; python -m mmdet_ce configs lists them'
+
+
+@pytest.mark.parametrize('name', config_names())
+def test_every_copy_is_read_where_it_lands(name, tmp_path):
+    """As what it is a copy of, which test_build.py builds."""
+    if name.startswith('imagenet/'):
+        pytest.importorskip('mmpretrain')
+    (copied, *_) = copy_config(name, tmp_path)
+    assert Config.fromfile(copied).to_dict() == Config.fromfile(CONFIGS / f'{name}.py').to_dict()
 
 
 @pytest.mark.slow
-def test_environment_and_errors():
+def test_environment_and_a_package_that_imports_this_one(tmp_path):
     text = run('env').stdout
     assert 'missing with this torch: ' in text
     assert 'mmdet_ce: ' in text and 'versions: python ' in text and 'PyTorch: ' in text and 'MMDetection: ' in text
-    assert call(main, 'copy', 'none') == 'error: no config named none; python -m mmdet_ce configs lists them'
+    (tmp_path / 'mypkg').mkdir()
+    (tmp_path / 'mypkg' / '__init__.py').write_text('import mmdet_ce\n')
+    (tmp_path / 'mypkg' / '__main__.py').write_text(
+        "from mmdet.registry import MODELS; import mmdet_ce; print(MODELS.get('CEResNet'), mmdet_ce.CEResNet)"
+    )
+    command = [sys.executable, '-W', 'ignore', '-m', 'mypkg']
+    assert subprocess.check_output(command, text=True, cwd=tmp_path).count("ce_resnet.CEResNet'") == 2
 
 
 @pytest.mark.slow

@@ -157,25 +157,3 @@ def test_no_file_changes_a_class_a_module_or_a_function(monkeypatch):
             loaded = torch.load(file, weights_only=True)
             assert not isinstance(loaded, (type, FunctionType, BuiltinFunctionType, ModuleType)), name
         assert attributes(watched) == before, name
-
-
-class Mine:
-    """What a user's own hook puts into a checkpoint."""
-
-
-def test_nothing_else_of_loading_changes(tmp_path, monkeypatch):
-    net, places = torch.nn.BatchNorm2d(2), []
-    torch.save(dict(state_dict=net.state_dict(), meta=dict(mine=Mine(), my_key=1)), tmp_path / 'a.pth')
-
-    def load():
-        return CheckpointLoader.load_checkpoint(str(tmp_path / 'a.pth'), lambda storage, place: places.append(place))
-
-    with pytest.raises(pickle.UnpicklingError, match='Mine'):
-        load()
-    with torch.serialization.safe_globals([Mine]):
-        loaded = load()
-    assert loaded['meta'].keys() == {'mine', 'my_key'} and type(loaded['meta']['mine']) is Mine
-    assert_same(loaded['state_dict'], net.state_dict())
-    assert places.count('cpu') == 2 * len(net.state_dict())
-    monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')
-    assert type(load()['meta']['mine']) is Mine
