@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import redirect_stdout, suppress
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,7 +14,8 @@ from typing import Any
 
 from mmcv.transforms import LoadAnnotations, LoadImageFromFile
 from mmdet.datasets import CocoDataset
-from mmdet.registry import DATASETS, TRANSFORMS
+from mmdet.evaluation import CocoMetric
+from mmdet.registry import DATASETS, METRICS, TRANSFORMS
 from mmengine.config import Config
 from mmengine.registry import Registry
 
@@ -29,6 +30,13 @@ def nested_dicts(value: Any, place: str) -> Iterator[tuple[str, dict]]:
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
     for key, item in items:
         yield from nested_dicts(item, f'{place}.{key}'.lstrip('.'))
+
+
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """Return the name that is most like another, in any case; None if none is."""
+    lowered = {name.lower(): name for name in names}
+    matches = get_close_matches(name.lower(), lowered, 1)
+    return lowered[matches[0]] if matches else None
 
 
 def registered(registry: Registry, part: dict) -> type | None:
@@ -53,7 +61,8 @@ class DataSet:
         classes: The names of the classes.
     """
 
-    def __init__(self, place: str, part: dict, kind: type) -> None:
+    def __init__(self, place: str, part: dict) -> None:
+        kind = registered(DATASETS, part)
         self.place = place
         self.dataset = DATASETS.build({**part, 'pipeline': [], 'lazy_init': True, 'serialize_data': False})
         steps = [step for _, step in nested_dicts(part.get('pipeline'), '') if step.get('type')]
@@ -79,11 +88,9 @@ def read_data_sets(cfg: Config, splits: Sequence[str]) -> Iterator[DataSet]:
     """Iterate over the data sets of splits like 'train' that read a local annotation file."""
     for split in splits:
         for place, part in nested_dicts(cfg.to_dict().get(f'{split}_dataloader'), f'{split}_dataloader'):
-            kind = registered(DATASETS, part)
-            if kind is not None and part.get('ann_file') and not part.get('backend_args'):
-                data = DataSet(place, part, kind)
-                if '://' not in data.dataset.ann_file:
-                    yield data
+            is_local = '://' not in f'{part.get("data_root")}{part.get("ann_file")}' and not part.get('backend_args')
+            if is_local and part.get('ann_file') and registered(DATASETS, part):
+                yield DataSet(place, part)
 
 
 def data_problems(cfg: Config, splits: Sequence[str]) -> Iterator[str]:
@@ -104,15 +111,20 @@ def data_problems(cfg: Config, splits: Sequence[str]) -> Iterator[str]:
                 readable.append(data)
             else:
                 yield f'{file} {fault}'
-    for split in splits:
-        for place, part in nested_dicts(cfg.to_dict().get(f'{split}_evaluator'), f'{split}_evaluator'):
-            if part.get('ann_file') and not part.get('backend_args') and is_missing(part['ann_file']):
-                yield f'annotation file {part["ann_file"]} not found; set {place}.ann_file'
     names = {data.dataset.ann_file: _category_names(data.dataset.ann_file) for data in readable}
     for data in readable:
         fault = _class_fault(data, names) or _content_fault(data)
         if fault:
             yield fault
+    for split in splits:
+        for place, part in nested_dicts(cfg.to_dict().get(f'{split}_evaluator'), f'{split}_evaluator'):
+            file = part.get('ann_file')
+            if not file or part.get('backend_args') or '://' in file:
+                continue
+            if is_missing(file):
+                yield f'annotation file {file} not found; set {place}.ann_file'
+            elif registered(METRICS, part) is CocoMetric and file in names and _lacks_crowds(file):
+                yield f"{file} has annotations without 'iscrowd', which {place} needs; 0 is a single object"
 
 
 def _is_large(file: str) -> bool:
@@ -145,7 +157,7 @@ def _content_fault(data: DataSet) -> str | None:
     content = json.loads(Path(file).read_text())
     annotations = content.get('annotations', [])
     images = data.dataset.data_list
-    boxes = [box for image in images for box in image['instances']]
+    boxes = [box for image in images for box in image.get('instances', [])]
     ids = [category['id'] for category in content['categories']]
     strange = [annotation['category_id'] for annotation in annotations if annotation['category_id'] not in ids]
     if data.uses_labels and strange:
@@ -156,18 +168,21 @@ def _content_fault(data: DataSet) -> str | None:
     if not images or (drops_empty and not boxes):
         found = f'{len(content.get("images", []))} images and {len(annotations)} annotations'
         return f'{file}: mmdet can use none of {found}. It leaves out boxes of other categories and under 1 pixel'
-    if not trains and not all('iscrowd' in annotation for annotation in annotations):
-        return f"{file} has annotations without 'iscrowd', which COCO's evaluation needs; 0 is a single object"
     without = sum('mask' not in box for box in boxes)
     if without and any(step.get('with_mask') for _, step in data.steps):
         found = f'{file} has no masks for {without} of its {len(boxes)} boxes'
         return f'{found}, but {data.place} asks for them (with_mask=True). Use a box detector or set with_mask=False'
     missing = (image['img_path'] for image in images if data.image_folder and is_missing(image['img_path']))
     for path in missing:
-        near = get_close_matches(os.path.basename(path), os.listdir(data.image_folder), 1)
-        found = f'{data.image_folder} has {near[0]!r}. ' if near else ''
+        near = nearest(os.path.basename(path), os.listdir(data.image_folder))
+        found = f'{data.image_folder} has {near!r}. ' if near else ''
         return f'{file} names the image {path}, not found. {found}Correct its file_name or {data.place}.data_prefix'
     return None
+
+
+def _lacks_crowds(file: str) -> bool:
+    annotations = [] if _is_large(file) else json.loads(Path(file).read_text()).get('annotations', [])
+    return not all('iscrowd' in annotation for annotation in annotations)
 
 
 def _category_names(file: str) -> list[str]:
@@ -200,8 +215,7 @@ def _class_fault(data: DataSet, names: dict[str, list[str]]) -> str | None:
         return f'{file} has two categories of one name, and mmdet counts each as a class; merge them: {short(known)}'
     if known and missing and elsewhere.issuperset(missing):
         return f'{file} lacks the category {missing[0]!r} of another file; add the missing category to that file'
-    lowered = {name.lower(): name for name in own}
-    near = {name: lowered[match] for name in missing for match in get_close_matches(name.lower(), lowered, 1)}
+    near = {name: nearest(name, own) for name in missing if nearest(name, own)}
     to_write = tuple(own)
     text = f'has the classes {short(tuple(data.classes))}, and {file} has {len(own)}, {short(own)}'
     if len(near) == len(missing):

@@ -6,13 +6,12 @@ import inspect
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from difflib import get_close_matches
 from importlib.util import find_spec
 from reprlib import repr as short
 from typing import Any
 
 import torch
-from annotation_checks import data_problems, is_missing, nested_dicts, read_data_sets, registered
+from annotation_checks import data_problems, is_missing, nearest, nested_dicts, read_data_sets, registered
 from mmdet.registry import HOOKS, MODELS
 from mmengine.config import Config
 from mmengine.runner import Runner
@@ -25,9 +24,11 @@ CE_TYPES = ('CEMobileNetV2', 'CEResNeXt', 'CEResNet', 'CEResNetV1d', 'ChannelEqu
 NOT_BUILT = ('norm_cfg', 'conv_cfg', 'act_cfg', 'plugins', 'dcn', 'init_cfg', 'pretrained')
 PLAIN_WEIGHTS = ('torchvision://', 'open-mmlab://')
 # The parts of a config that MMEngine and mmdet's tools read
-READ = {*inspect.signature(Runner.__init__).parameters, 'custom_imports', 'runner_type', 'tta_model', 'tta_pipeline'}
-READ |= {'model_wrapper_cfg', 'sync_bn', 'find_unused_parameters', 'compile', 'activation_checkpointing'}
-READ |= {'efficient_conv_bn_eval'}
+READ = {
+    *inspect.signature(Runner.__init__).parameters,
+    *('activation_checkpointing', 'compile', 'custom_imports', 'efficient_conv_bn_eval', 'find_unused_parameters'),
+    *('model_wrapper_cfg', 'runner_type', 'sync_bn', 'tta_model', 'tta_pipeline'),
+}
 
 
 def find_problems(cfg: Config, splits: Sequence[str]) -> list[str]:
@@ -103,15 +104,13 @@ def _weight_problems(cfg: Config, trains: bool) -> Iterator[str]:
 
 def _network_problems(cfg: Config, trains: bool) -> Iterator[str]:
     """Look at the names, the arguments and the statistics of CE."""
-    known = {name.lower(): name for name in CE_TYPES}
     for place, part in _model_parts(cfg):
         name = re.sub(r'^mmdet\.', '', str(part.get('type')))
         kind = registered(MODELS, part)
         if name in CE_TYPES and not (cfg.get('custom_imports') or {}).get('imports'):  # a user's may import mmdet_ce
             yield f"{name} needs this line: custom_imports = dict(imports=['mmdet_ce'], allow_failed_imports=False)"
-        elif name[:2].upper() == 'CE' and kind is None:
-            for near in get_close_matches(name.lower(), known, 1):
-                yield f'type={name!r} is not registered; the nearest name is {known[near]}'
+        elif name[:2].upper() == 'CE' and kind is None and nearest(name, CE_TYPES):
+            yield f'type={name!r} is not registered; the nearest name is {nearest(name, CE_TYPES)}'
         elif isinstance(kind, type) and issubclass(kind, CEBackbone):
             yield from _backbone_problems(cfg, place, part, trains)
 
@@ -127,7 +126,7 @@ def _backbone_problems(cfg: Config, place: str, part: dict, trains: bool) -> Ite
     unset = [name for name, ce in backbone.named_ce() if not ce.training and ce.alpha is None]
     if trains and unset and not _brings_statistics(cfg):
         yield (
-            f'{place}: {len(unset)} CE layers ({short(unset)}) would be evaluated with statistics that no data ever '
+            f'{place}: {len(unset)} CE layers, like {unset[0]}, would be evaluated with statistics that no data ever '
             'updated. Let CE train: frozen_stages=-1, and norm_eval=False (with frozen norms ce_eval=False). Or start '
             'from weights that were trained with CE, by init_cfg or load_from'
         )
