@@ -1,4 +1,4 @@
-"""How the tools read configs and end. Imported first: the filter below is for what other imports warn of."""
+"""How the tools start, read configs, and end. Imported before torch: OpenMP reads its variables when torch loads it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from typing import Any
 # mmengine's, at every start of a worker too
 warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
 os.environ.setdefault('PYTHONWARNINGS', 'ignore:pkg_resources is deprecated:UserWarning')
+# OpenMP's waiting threads spin: for long, a step is many times slower where other processes want the cores too
+if 'OMP_WAIT_POLICY' not in os.environ:
+    os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 
 from checks import option_problems  # noqa: E402
 from mmengine.config import Config  # noqa: E402

@@ -1,4 +1,4 @@
-"""What the tools share: weights are read as data, configs, errors in one line."""
+"""What the tools share: variables set before torch is loaded, weights are read as data, configs, errors in one line."""
 
 from __future__ import annotations
 
@@ -19,9 +19,18 @@ from mmdet_ce.compat import TORCH
 
 def python(code: str, **env: str) -> subprocess.CompletedProcess:
     """Run code in the tools' folder, without the variables of this process that it is about."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith('TORCH_')}
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(('GOMP_', 'OMP_', 'TORCH_'))}
     env = {**kept, 'PYTHONPATH': str(ROOT), **env}
     return subprocess.run([sys.executable, '-c', code], cwd=ROOT / 'tools', env=env, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ('given', 'spins'),
+    [({}, '1000'), (dict(GOMP_SPINCOUNT='77'), '77'), (dict(OMP_WAIT_POLICY='PASSIVE'), 'None')],
+)
+def test_openmps_threads_spin_briefly_unless_the_user_chose(given, spins):
+    code = 'import sys; assert "torch" not in sys.modules; import os, command_line; print(os.environ.get("GOMP_SPINCOUNT"))'
+    assert python(code, **given).stdout.split()[-1] == spins
 
 
 # an address that mmengine loads through torch.hub -> the file in torch's cache that it names
