@@ -91,7 +91,9 @@ def test_equals_the_oracle(norm_trains, ce_trains, memory_format, identity_start
     for name, value in expected.items():
         assert_agree(actual[name], value, 1e-10, name)
     assert actual['out'].is_contiguous(memory_format=memory_format)
-    statistics = reference(copy.deepcopy(other.ce), other.norm.eval()(other.conv(x)))  # the same where the norm is fixed
+    statistics = reference(
+        copy.deepcopy(other.ce), other.norm.eval()(other.conv(x))
+    )  # the same where the norm is fixed
     if ce_trains and not norm_trains:
         assert_agree(end.ce.bd.running_mean, torch.lerp(other.ce.bd.running_mean, statistics.mean, 0.1), 1e-10)
         moved = torch.lerp(other.ce.bd.running_whitening, statistics.whitening, 0.1)
@@ -171,7 +173,9 @@ def is_called(part: nn.Module, end: nn.ModuleDict) -> bool:
     cls = type(part)
     forward = cls.forward
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cls, 'forward', lambda self, *args, **kwargs: calls.append(self) or forward(self, *args, **kwargs))
+        patch.setattr(
+            cls, 'forward', lambda self, *args, **kwargs: calls.append(self) or forward(self, *args, **kwargs)
+        )
         run(end, *inputs())
     return any(call is part for call in calls)
 

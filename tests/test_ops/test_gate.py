@@ -13,7 +13,6 @@ from mmdet_ce.ops.gate import gate, gate_backward
 from mmdet_ce.ops.records import Parameters
 
 
-
 def make() -> tuple[torch.Tensor, Parameters]:
     """Return variances and the parameters of the gate."""
     shapes = dict(fc1_weight=(6, 24), ln_weight=(6,), ln_bias=(6,), fc2_weight=(24, 6))
