@@ -2,119 +2,151 @@
 
 from __future__ import annotations
 
-import json
-import os
+import inspect
 import re
-from collections.abc import Iterator
-from contextlib import suppress
-from difflib import get_close_matches
+import warnings
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from reprlib import repr as short
-from typing import Any, Sequence
+from typing import Any
 
 import torch
-from mmdet.datasets import CocoDataset
-from mmdet.registry import DATASETS, MODELS
+from annotation_checks import data_problems, is_missing, nearest, nested_dicts, read_data_sets, registered
+from mmdet.registry import HOOKS, MODELS
 from mmengine.config import Config
+from mmengine.runner import Runner
 
-MASKS = re.compile(rb'"segmentation"\s*:\s*[\[{]\s*[^\]\s]|"segments_info"')
-NOT_CE = ('norm_cfg', 'conv_cfg', 'act_cfg', 'plugins', 'dcn')
+from mmdet_ce import CECalibrationHook
+from mmdet_ce.backbones.ce_backbone import CEBackbone
+
 CE_TYPES = ('CEMobileNetV2', 'CEResNeXt', 'CEResNet', 'CEResNetV1d', 'ChannelEquilibrium')
+# Arguments that need mmdet's scope or a process group, or load weights. They do not change which CE is in evaluation.
+NOT_BUILT = ('norm_cfg', 'conv_cfg', 'act_cfg', 'plugins', 'dcn', 'init_cfg', 'pretrained')
+PLAIN_WEIGHTS = ('torchvision://', 'open-mmlab://')
+# The parts of a config that MMEngine and mmdet's tools read
+READ = {
+    *inspect.signature(Runner.__init__).parameters,
+    *('activation_checkpointing', 'compile', 'custom_imports', 'efficient_conv_bn_eval', 'find_unused_parameters'),
+    *('model_wrapper_cfg', 'runner_type', 'sync_bn', 'tta_model', 'tta_pipeline'),
+}
 
 
 def find_problems(cfg: Config, splits: Sequence[str]) -> list[str]:
     """Return a line for each problem of a run that reads ``cfg.load_from`` and the data of splits like 'train'."""
-    parts = dict(_dicts(cfg.to_dict()))
-    read = tuple(f'{split}_{what}' for split in splits for what in ('dataloader', 'evaluator'))
-    data = {place: part for place, part in parts.items() if place.startswith(read) and part.get('ann_file')}
-    problems = [problem for place, part in data.items() for problem in _data_problems(part, place)]
-    found = () if problems else map(_classes, data.values())  # of wrong classes the number says nothing
-    if cfg.get('load_from') and _is_missing(cfg.load_from):
-        problems.append(f'checkpoint {cfg.load_from} not found; expected a file that a training wrote')
-    classes = next((names for names in found if isinstance(names, tuple)), ())
-    for place in filter(lambda place: place.startswith('model.'), parts):
-        problems += _model_problems(parts[place], place, cfg, classes, 'train' in splits)
+    problems = _collect(data_problems(cfg, splits))
+    if not problems:  # of wrong classes the number says nothing
+        problems += _collect(_head_problems(cfg, splits))
+    problems += _collect(_weight_problems(cfg, 'train' in splits))
+    problems += _collect(_network_problems(cfg, 'train' in splits))
     return list(dict.fromkeys(problems))
 
 
-def _dicts(value: Any, place: str = '') -> Iterator[tuple[str, dict]]:
-    """Iterate over the dicts nested in a value, each with its place, like 'model.neck.0'."""
-    if isinstance(value, dict):
-        yield place, value
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
-    for key, item in items:
-        yield from _dicts(item, f'{place}.{key}'.lstrip('.'))
+def option_problems(cfg: Config, options: dict[str, Any]) -> list[str]:
+    """Return a line for each option of the command line that nothing reads, though a part of the config has its name.
+
+    Such are the variables of a config file, like ``max_epochs`` beside ``train_cfg = dict(max_epochs=max_epochs)``.
+    """
+    content = cfg.to_dict()
+    parts = dict(nested_dicts(content, ''))
+    problems = []
+    for option, value in options.items():
+        parent, _, name = option.rpartition('.')
+        if option.split('.')[0] in READ:
+            continue
+        variable = parts.get(parent, {})
+        places = [
+            f'{place}.{name}={value}'
+            for place, part in parts.items()
+            if place.split('.')[0] in READ and name in part and part[name] == variable.get(name, part[name])
+        ]
+        if places:
+            problems.append(f'nothing reads the option {option}; use {" ".join(places[:4])}')
+    return problems
 
 
-def _is_missing(path: Any) -> bool:
-    return '://' not in str(path) and not Path(path).expanduser().exists()
+def _collect(problems: Iterator[str]) -> list[str]:
+    """Return the problems that a check finds. If the check itself fails, the framework decides about the config."""
+    found = []
+    try:
+        for problem in problems:
+            found.append(problem)
+    except Exception as error:
+        warnings.warn(f'a check before the start failed, and is left out: {error!r}', stacklevel=2)
+    return found
 
 
-def _model_problems(part: dict, place: str, cfg: Config, classes: tuple[str, ...], trains: bool) -> Iterator[str]:
-    name, known = re.sub(r'^mmdet\.', '', str(part.get('type'))), {known.lower(): known for known in CE_TYPES}
-    if name in CE_TYPES and not (cfg.get('custom_imports') or {}).get('imports'):  # a user's module may import mmdet_ce
-        yield f"{name} needs this line: custom_imports = dict(imports=['mmdet_ce'], allow_failed_imports=False)"
-    elif name[:2].upper() == 'CE' and not MODELS.get(name):
-        for near in get_close_matches(name.lower(), known, 1):
-            yield f'type={name!r} is not registered; the nearest name is {known[near]}'
-    elif name in CE_TYPES and place.endswith('.backbone'):
-        try:  # without what needs mmdet's scope or a process group
-            MODELS.build({key: value for key, value in part.items() if key not in NOT_CE})
-        except (TypeError, ValueError) as error:
-            yield f'{place}: {error}'
-    is_head = re.search(r'(bbox|mask)_head(\.\d+)?$', place) and 'language_model' not in cfg.model
-    if is_head and classes and part.get('num_classes', len(classes)) != len(classes):
-        yield f'{place}.num_classes is {part["num_classes"]}; the data has {len(classes)} classes, {short(classes)}'
-    path = str(part.get('checkpoint') or '') if trains else ''  # a test does not read it
-    if path.startswith('torchvision://') and not find_spec('torchvision'):
-        yield f'{path} needs torchvision: pip install torchvision torch=={torch.__version__}'
-    elif path and _is_missing(path):
-        yield f'pretrained weights {path} not found; docs/weights.md says where some are, {place}=None trains without'
+def _model_parts(cfg: Config) -> Iterator[tuple[str, dict]]:
+    return nested_dicts(cfg.to_dict().get('model'), 'model')
 
 
-def _data_problems(part: dict, place: str) -> Iterator[str]:
-    """Look at what a data set or an evaluator reads: the annotation file, its categories, the image folder."""
-    if part.get('backend_args') or part.get('file_client_args'):
+def _head_problems(cfg: Config, splits: Sequence[str]) -> Iterator[str]:
+    """Hold the number of classes of the heads against the data's; class-agnostic masks do not use it."""
+    classes = next((data.classes for data in read_data_sets(cfg, splits) if data.is_coco and data.uses_labels), ())
+    if not classes or 'language_model' in cfg.model:
         return
-    root = part.get('data_root') or ''
-    if _is_missing(ann_file := os.path.join(root, part['ann_file'])):
-        yield f'annotation file {ann_file} not found; set {place}.ann_file and data_root'
+    for place, part in _model_parts(cfg):
+        is_used = re.search(r'(bbox|mask)_head(\.\d+)?$', place) and not part.get('class_agnostic')
+        if is_used and part.get('num_classes', len(classes)) != len(classes):
+            yield f'{place}.num_classes is {part["num_classes"]}; the data has {len(classes)} classes, {short(classes)}'
+
+
+def _weight_problems(cfg: Config, trains: bool) -> Iterator[str]:
+    """Look for the files of weights; a test does not read those that a training starts from."""
+    if cfg.get('load_from') and is_missing(cfg.load_from):
+        yield f'checkpoint {cfg.load_from} not found; expected a file that a training wrote'
+    for place, part in _model_parts(cfg):
+        path = str(part.get('checkpoint') or '') if trains else ''
+        if path.startswith('torchvision://') and not find_spec('torchvision'):
+            yield f'{path} needs torchvision: pip install torchvision torch=={torch.__version__}'
+        elif path and is_missing(path):
+            yield f'pretrained weights {path} not found; docs/weights.md names some; {place}=None takes none'
+
+
+def _network_problems(cfg: Config, trains: bool) -> Iterator[str]:
+    """Look at the names, the arguments and the statistics of CE."""
+    for place, part in _model_parts(cfg):
+        name = re.sub(r'^mmdet\.', '', str(part.get('type')))
+        kind = registered(MODELS, part)
+        if name in CE_TYPES and not (cfg.get('custom_imports') or {}).get('imports'):  # a user's may import mmdet_ce
+            yield f"{name} needs this line: custom_imports = dict(imports=['mmdet_ce'], allow_failed_imports=False)"
+        elif name[:2].upper() == 'CE' and kind is None and nearest(name, CE_TYPES):
+            yield f'type={name!r} is not registered; the nearest name is {nearest(name, CE_TYPES)}'
+        elif isinstance(kind, type) and issubclass(kind, CEBackbone):
+            yield from _backbone_problems(cfg, place, part, trains)
+
+
+def _backbone_problems(cfg: Config, place: str, part: dict, trains: bool) -> Iterator[str]:
+    arguments = {name: value for name, value in part.items() if name not in NOT_BUILT}
+    try:
+        with torch.device('meta'):  # without memory and random numbers: a tenth of a second
+            backbone = MODELS.build(arguments).train()
+    except (TypeError, ValueError) as error:
+        yield f'{place}: {error}'
         return
-    loader, prefix = next(iter(part.get('pipeline') or ()), {}), part.get('data_prefix') or ''
-    images = os.path.join(root, prefix.get('img') or '' if isinstance(prefix, dict) else prefix)
-    if str(loader.get('type')).endswith('LoadImageFromFile') and not loader.get('backend_args') and _is_missing(images):
-        yield f'image folder {images} not found; set {place}.data_prefix and data_root'
-    classes, wants_masks = _classes(part), any(step.get('with_mask') for step in part.get('pipeline') or ())
-    file = Path(ann_file).expanduser()
-    content = file.read_bytes() if (classes or wants_masks) and file.is_file() else b''
-    if wants_masks and b'"bbox"' in content and not MASKS.search(content):
-        yield f'{ann_file} has no masks, which {place} loads; take a detector of boxes, or with_mask=False'
-    names = _category_names(content) if classes else None
-    if isinstance(classes, str):
-        yield f'{place}.metainfo.classes is the text {classes!r}; expected a tuple, with a comma: ({classes!r},)'
-    # mmdet takes the categories that it finds, and numbers them in the order of the file
-    elif names is not None and tuple(name for name in names if name in classes) != classes:
+    unset = [name for name, ce in backbone.named_ce() if not ce.training and ce.alpha is None]
+    if trains and unset and not _brings_statistics(cfg):
         yield (
-            f'{place} has the classes {short(classes)}, and {ann_file} has {short(names)}. Expected names of the file, '
-            f'in its order: write metainfo=dict(classes={names}) there, and num_classes={len(names)} into the heads'
+            f'{place}: {len(unset)} CE layers, like {unset[0]}, would be evaluated with statistics that no data ever '
+            'updated. Let CE train: frozen_stages=-1, and norm_eval=False (with frozen norms ce_eval=False). Or start '
+            'from weights that were trained with CE, by init_cfg or load_from'
         )
 
 
-def _classes(part: dict) -> tuple[str, ...] | str | None:
-    """Return the classes of a data set that numbers them by the categories of a COCO file, else None."""
-    kind = DATASETS.get(str(part.get('type')))
-    if getattr(kind, 'load_data_list', None) is not CocoDataset.load_data_list or 'thing_classes' in kind.METAINFO:
-        return None
-    classes = (part.get('metainfo') or {}).get('classes', kind.METAINFO['classes']) or ()
-    if isinstance(classes, str) and Path(classes).is_file():
-        return tuple(Path(classes).read_text().splitlines())
-    return classes if isinstance(classes, str) else tuple(classes)
+def _brings_statistics(cfg: Config) -> bool:
+    """Return whether CE's statistics may come from a file or from CECalibrationHook."""
+    hooks = nested_dicts(cfg.to_dict().get('custom_hooks'), '')
+    if cfg.get('load_from') or cfg.get('resume') or CECalibrationHook in [registered(HOOKS, hook) for _, hook in hooks]:
+        return True
+    files = [part.get('checkpoint') or part.get('pretrained') for _, part in _model_parts(cfg)]
+    return any(_may_hold_statistics(file) for file in files if file)
 
 
-def _category_names(content: bytes) -> Any:
-    """Read the categories alone: all of COCO's file takes half a minute. None is for what the framework refuses."""
-    with suppress(ValueError, AttributeError, LookupError, TypeError):
-        start = re.search(rb'"categories"\s*:\s*', content).end()
-        text = content[start : start + (1 << 24)].decode(errors='ignore')
-        return tuple(category['name'] for category in json.JSONDecoder().raw_decode(text)[0])
+def _may_hold_statistics(file: str) -> bool:
+    """Return whether CE's statistics are in a file of weights; True if the file cannot be looked into."""
+    if file.startswith(PLAIN_WEIGHTS):
+        return False
+    try:
+        checkpoint = torch.load(file, map_location='cpu', weights_only=True, mmap=True)
+        return any(name.endswith('running_whitening') for name in checkpoint.get('state_dict', checkpoint))
+    except Exception:
+        return True

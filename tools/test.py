@@ -1,4 +1,4 @@
-"""Test a detector with the installed MMDetection's own tools/test.py: same arguments, same behaviour."""
+"""Test a detector with the installed MMDetection's own tools/test.py: the same arguments, after a few checks."""
 
 from framework_tool import run
 

@@ -1,4 +1,4 @@
-"""Train a detector with the installed MMDetection's own tools/train.py: same arguments, same behaviour."""
+"""Train a detector with the installed MMDetection's own tools/train.py: the same arguments, after a few checks."""
 
 from framework_tool import run
 

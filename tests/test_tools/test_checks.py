@@ -2,61 +2,73 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import sys
 
+from command_line import CONFIGS, exit_on_problems
+
+import annotation_checks
 import pytest
-from checks import find_problems
-from conftest import ROOT
+import torch
+from checks import find_problems, option_problems
+from mmcv.transforms import LoadImageFromFile
 from mmdet.datasets import CocoDataset
-from mmdet.registry import DATASETS
+from mmdet.registry import DATASETS, TRANSFORMS
 from mmengine.config import Config
 from utils import call
 
-CONFIG = ROOT / 'configs' / 'ce' / 'mask-rcnn_r50-ce_fpn_1x_coco.py'
-DEMO = ROOT / 'configs' / 'demo' / 'mask-rcnn_r18-ce_fpn_8e_shapes.py'
-COCO = CocoDataset.METAINFO['classes']
+from mmdet_ce import CEResNet
+
+pytestmark = pytest.mark.filterwarnings('error:a check before the start failed')
+BOX = dict(image_id=1, category_id=1, bbox=[5, 5, 40, 40], area=1600, iscrowd=0, segmentation=[[5, 5, 45, 5, 45, 45]])
+FILE = dict(
+    categories=[dict(id=1, name='cat'), dict(id=2, name='dog')],
+    images=[dict(id=1, file_name='1.png', width=64, height=64)],
+    annotations=[dict(BOX, id=1), dict(BOX, id=2, category_id=2)],
+)
 
 
 @pytest.fixture
-def write(tmp_path):
-    """Write the annotations of the training and the validation with these categories."""
+def write(tmp_path, monkeypatch):
+    """Write an annotation file, 'train' or 'val', of FILE with changes, or a text."""
+    monkeypatch.chdir(tmp_path)
+    for split in ('train', 'val'):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / '1.png').touch()
 
-    def call(names, **content):
-        (tmp_path / 'annotations').mkdir(exist_ok=True)
-        categories = [dict(id=1 + i, name=name, skeleton=[[1, 2]]) for i, name in enumerate(names)]
-        for split in ('train', 'val'):
-            path = tmp_path / 'annotations' / f'instances_{split}2017.json'
-            path.write_text(json.dumps(dict(images=[], annotations=[], categories=categories, **content)))
-            (tmp_path / f'{split}2017').mkdir(exist_ok=True)
+    def call(split='train', text=None, **changes):
+        (tmp_path / f'{split}.json').write_text(text or json.dumps({**FILE, **changes}))
 
-    call(COCO)
+    call('train')
+    call('val')
     return call
 
 
 @pytest.fixture
-def cfg(tmp_path, write):
-    """A shipped config on a data set, with no initial weights."""
-    cfg = Config.fromfile(CONFIG)
-    for name in ('train', 'val', 'test'):
-        cfg[f'{name}_dataloader'].dataset.data_root = str(tmp_path)
-    for name in ('val', 'test'):
-        cfg[f'{name}_evaluator'].ann_file = str(tmp_path / 'annotations' / 'instances_val2017.json')
+def cfg(write):
+    """The template for masks on a small data set, with no initial weights."""
+    cfg = Config.fromfile(CONFIGS / 'custom' / 'mask-rcnn_r50-ce_fpn_custom.py')
     cfg.model.backbone.init_cfg = None
+    for split in ('train', 'val'):
+        part = cfg[f'{split}_dataloader'].dataset
+        part.update(data_root='', ann_file=f'{split}.json', metainfo=dict(classes=('cat', 'dog')))
+    cfg.val_evaluator.ann_file = 'val.json'
     return cfg
 
 
-def own_classes(cfg, classes) -> None:
-    """Set the classes of the training, as a user does for a data set of their own."""
-    cfg.train_dataloader.dataset.metainfo = dict(classes=classes)
-    for head in ('bbox_head', 'mask_head'):
-        cfg.model.roi_head[head].num_classes = len(classes)
+def changed(key, **changes):
+    """Return the entries of FILE under a key, the last with changes; without what is changed to None."""
+    *entries, last = copy.deepcopy(FILE[key])
+    last.update(changes)
+    return {key: [*entries, {name: value for name, value in last.items() if value is not None}]}
 
 
-@pytest.mark.parametrize('splits', [['train', 'val'], ['test']])
-def test_no_problem(cfg, splits):
-    assert find_problems(cfg, splits) == []
+def test_no_problem(cfg):
+    assert find_problems(cfg, ['train', 'val']) == []
+    cfg.train_dataloader.dataset = dict(type='RepeatDataset', times=2, dataset=cfg.train_dataloader.dataset)
+    assert find_problems(cfg, ['train']) == []
 
 
 def test_missing_files_are_named(cfg, tmp_path):
@@ -66,173 +78,229 @@ def test_missing_files_are_named(cfg, tmp_path):
     cfg.load_from = 'none.pth'
     cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint='weights.pth')
     train, images, evaluator, checkpoint, weights = find_problems(cfg, ['train', 'val'])
-    assert 'annotation file none/annotations/instances_train2017.json not found; set train_dataloader.dataset.' in train
-    assert f'image folder {tmp_path}/no_images/ not found; set val_dataloader.dataset.data_prefix' in images
+    assert 'annotation file none/train.json not found; set train_dataloader.dataset.ann_file' in train
+    assert 'image folder no_images/ not found; set val_dataloader.dataset.data_prefix' in images
     assert 'annotation file none.json not found; set val_evaluator.ann_file' in evaluator
     assert 'checkpoint none.pth not found' in checkpoint
     assert 'pretrained weights weights.pth not found' in weights and 'model.backbone.init_cfg=None' in weights
-
-
-def test_only_what_is_read_is_looked_at(cfg):
-    """A training without validation, a calibration; a test reads no initial weights."""
-    cfg.val_dataloader.dataset.data_root = 'none/'
-    assert find_problems(cfg, ['train']) == []
-    cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint='weights.pth')
-    assert find_problems(cfg, ['test']) == []
+    (weights,) = {*find_problems(cfg, ['train'])} - {train, checkpoint}  # no validation, no look at its files
+    cfg.load_from = None
+    assert find_problems(cfg, []) == [], 'a test does not read initial weights'
 
 
 @pytest.mark.parametrize(
-    'loader',
-    [
-        dict(type='LoadFromArchive'),
-        dict(type='LoadImageFromFile', backend_args=dict(backend='petrel')),
-        dict(type='LoadImageFromNDArray'),
-    ],
+    'change',
+    [dict(data_root='s3://bucket/'), dict(backend_args=dict(backend='petrel')), dict(type='OwnFormat')],
 )
-def test_images_that_are_read_otherwise_need_no_folder(loader, cfg):
-    cfg.train_dataloader.dataset.update(data_prefix=dict(img='none/'))
-    assert len(find_problems(cfg, ['train'])) == 1
-    cfg.train_dataloader.dataset.pipeline = [loader]
-    assert find_problems(cfg, ['train']) == []
-
-
-@pytest.mark.parametrize('change', [dict(data_root='s3://bucket/coco/'), dict(backend_args=dict(backend='petrel'))])
-def test_remote_files_are_left_to_the_framework(change, cfg):
-    cfg.train_dataloader.dataset.update(ann_file='none.json', **change)
-    cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint='open-mmlab://resnet50_caffe')
-    cfg.load_from = 'https://example.org/none.pth'
-    assert find_problems(cfg, ['train']) == []
-
-
-@pytest.mark.parametrize(
-    ('names', 'classes'),
-    [
-        (['a', 'b', 'c'], ('a', 'b', 'c')),
-        (['a', 'b', 'c'], ['a', 'c']),  # some of the file's
-        (['a', 'é'], ('a', 'é')),
-    ],
-)
-def test_classes_of_the_file_are_taken(names, classes, cfg, write):
-    write(names)
-    own_classes(cfg, classes)
-    assert find_problems(cfg, ['train']) == []
-
-
-@pytest.mark.parametrize(
-    ('names', 'classes'),
-    [
-        (['a', 'c'], ('a', 'b', 'c')),
-        (['a', 'b'], ('a', 'b', 'c')),  # the last
-        (['b', 'a'], ('a', 'b')),  # the labels would be in the file's order
-        (['a', 'a', 'b'], ('a', 'b')),
-        (['balloon'], COCO),  # no metainfo
-    ],
-)
-def test_other_classes_are_refused_with_the_line_to_write(names, classes, cfg, write):
-    write(names)
-    if classes is not COCO:
-        own_classes(cfg, classes)
-    cfg.model.roi_head.bbox_head.num_classes = 7  # the number of wrong classes says nothing about it
-    (problem,) = find_problems(cfg, ['train'])
-    assert f'write metainfo=dict(classes={tuple(names)})' in problem and f'num_classes={len(names)} ' in problem
-    assert 'train_dataloader.dataset has the classes' in problem
-
-
-def test_a_tuple_without_a_comma_is_named(cfg, write, tmp_path):
-    write(['balloon'])
-    own_classes(cfg, ('balloon',))
-    cfg.train_dataloader.dataset.metainfo.classes = 'balloon'
-    (problem,) = find_problems(cfg, ['train'])
-    assert problem.startswith('train_dataloader.dataset.metainfo.classes') and "('balloon',)" in problem
-    (tmp_path / 'classes.txt').write_text('balloon\n')  # a file of classes is mmengine's way
-    cfg.train_dataloader.dataset.metainfo.classes = str(tmp_path / 'classes.txt')
-    assert find_problems(cfg, ['train']) == []
-
-
-@pytest.mark.parametrize('key', ['pipeline', 'metainfo', 'data_root', 'data_prefix', 'classes'])
-def test_a_key_that_is_there_and_none(key, cfg, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    dataset = cfg.train_dataloader.dataset
-    dataset.update(ann_file=str(tmp_path / dataset.ann_file), metainfo=dict(classes=COCO))
-    (dataset.metainfo if key == 'classes' else dataset)[key] = None
-    assert find_problems(cfg, ['train']) == []
-
-
-@pytest.mark.parametrize('text', ['', '[]', '{"images": [', '{"categories": 3}', '{"categories": [{"id": 1}]}'])
-def test_what_cannot_be_read_is_left_to_the_framework(text, cfg, tmp_path):
-    (tmp_path / 'annotations' / 'instances_train2017.json').write_text(text)
-    assert find_problems(cfg, ['train']) == []
-
-
-def test_data_sets_of_other_formats_have_no_categories(cfg):
+def test_what_others_read_is_left_to_them(change, cfg, write):
     @DATASETS.register_module(force=True)
     class OwnFormat(CocoDataset):
         def load_data_list(self):
             return []
 
-    own_classes(cfg, ('a',))
-    cfg.train_dataloader.dataset.type = 'OwnFormat'
+    write(text='no JSON')
+    cfg.train_dataloader.dataset.update(change)
     assert find_problems(cfg, ['train']) == []
 
 
-def test_classes_and_heads_disagree(cfg, write):
-    write(['a', 'b'])
-    own_classes(cfg, ('a', 'b'))
+@pytest.mark.parametrize(
+    'text, fault',
+    [
+        (json.dumps(FILE)[:-40], r'not valid JSON \(.*\)\. It has \d+ bytes'),
+        (' ', r'not valid JSON \(Expecting value.* begins with'),
+        ('<annotation>', "begins with '<annotation>'"),
+        ('[]', "not in COCO's format"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(text, fault, cfg, write):
+    write(text=text)
+    (problem,) = find_problems(cfg, ['train'])
+    assert problem.startswith('train.json is ') and re.search(fault, problem)
+
+
+@pytest.mark.parametrize(
+    'changes, fault',
+    [
+        (dict(images=[]), '0 images and 2 annotations'),
+        (dict(annotations=[]), '1 images and 0 annotations'),
+        (changed('annotations', bbox=[0.1, 0.1, 0.5, 0.5]), None),  # one of two boxes is used
+        (dict(annotations=[dict(BOX, id=1, bbox=[0.1, 0.1, 0.5, 0.5])]), 'can use none'),
+        (changed('annotations', category_id=3), '1 of its 2 annotations have a category_id .*, like 3; .* have .1, 2'),
+        (dict(categories=[]), '2 of its 2 annotations have a category_id'),
+        (changed('images', width=None), "without 'width'"),
+        (changed('annotations', area=None), "without 'area'"),
+        (changed('categories', name=None), "without 'name'"),
+        (changed('images', width='64'), "not in COCO's format: TypeError"),
+        (changed('annotations', id=1), 'not unique'),
+        (changed('annotations', segmentation=None), r'no masks for 1 of its 2 boxes, .* \(with_mask=True\)'),
+        (changed('annotations', segmentation=[]), 'no masks for 1 of its 2 boxes'),
+        (changed('images', file_name='train/1.png'), "image train/train/1.png, not found. train/ has '1.png'"),
+        (changed('images', file_name='1.PNG'), "image train/1.PNG, not found. train/ has '1.png'"),
+    ],
+)
+def test_content_that_mmdet_cannot_use_is_named(changes, fault, cfg, write):
+    write(**changes)
+    problems = find_problems(cfg, ['train'])
+    assert len(problems) == bool(fault) and all(re.search(f'train.json.*{fault}', problem) for problem in problems)
+
+
+def test_what_an_evaluation_needs(cfg, write):
+    write('val', **changed('annotations', iscrowd=None))
+    (problem,) = find_problems(cfg, ['val'])
+    assert "val.json has annotations without 'iscrowd', which val_evaluator needs" in problem
+    cfg.val_evaluator.type = 'VOCMetric'
+    assert find_problems(cfg, ['val']) == []
+    write('val', annotations=[])  # of a test without labels
+    assert find_problems(cfg, ['val']) == []
+
+
+@pytest.mark.parametrize('info', [dict(), dict(categories=['cat']), dict(categories=[dict(id=1, name='horse')])])
+def test_of_a_large_file_the_categories_alone_are_read(info, cfg, write, monkeypatch):
+    monkeypatch.setattr(annotation_checks, 'LARGE', 100)
+    write(info=info, images=[])
+    assert find_problems(cfg, ['train']) == []
+    if not isinstance(info.get('categories', [''])[0], dict):  # else it is not clear which they are
+        cfg.train_dataloader.dataset.metainfo.classes = ('dog', 'cat')
+        assert len(find_problems(cfg, ['train'])) == 1
+
+
+@pytest.mark.parametrize(
+    'names, classes, fault',
+    [
+        (['a', 'b', 'c'], ['a', 'c'], None),  # some of the file's
+        (['a', 'b'], ('b', 'a'), r"in another order than train.json\. Write metainfo=dict\(classes=\('a', 'b'\)\)"),
+        (['cat', 'dog'], ('dgo', 'cat'), r"class 'dgo', .* 'dog'\. Write .*\('cat', 'dog'\).*num_classes=2 "),
+        ([f'{i} x' for i in range(80)] + ['bicycle'], ('bycicle',), r"nearest .* 'bicycle'.*\('bicycle',\)"),
+        ([f'{i} x' for i in range(80)], ('first', 'second'), r'train.json has 80, .*Write names of the file'),
+        (
+            ['balloon'],
+            None,
+            r"Write metainfo=dict\(classes=\('balloon',\)\), and num_classes=1 ",
+        ),  # COCO's are the default
+        (['a', 'a', 'b'], ('a', 'b'), 'two categories of one name'),
+        (['balloon'], 'balloon', r"the text 'balloon' as classes; expected a tuple, \('balloon',\)"),
+    ],
+)
+def test_classes_are_names_of_the_file_in_its_order(names, classes, fault, cfg, write):
+    write(categories=[dict(id=1 + i, name=name) for i, name in enumerate(names)], annotations=[dict(BOX, id=1)])
+    cfg.train_dataloader.dataset.metainfo = dict(classes=classes) if classes else None
+    for head in ('bbox_head', 'mask_head'):  # of wrong classes the number says nothing
+        cfg.model.roi_head[head].num_classes = len(classes) if fault is None else 7
+    problems = find_problems(cfg, ['train'])
+    assert len(problems) == bool(fault) and all(re.search(fault, text) and len(text) < 300 for text in problems)
+
+
+@pytest.mark.parametrize('names', [['cat'], ['dog']])
+def test_a_category_that_one_of_two_files_lacks(names, cfg, write):
+    write('val', categories=[dict(id=1, name=names[0])], annotations=[dict(BOX, id=1)])
+    first = cfg.train_dataloader.dataset
+    second = {**first, 'ann_file': 'val.json', 'data_prefix': dict(img='val/')}
+    cfg.train_dataloader.dataset = dict(type='ConcatDataset', datasets=[first, second])
+    (problem,) = find_problems(cfg, ['train'])
+    assert re.match(r"val.json lacks the category '(cat|dog)' .*; add the missing category to that file", problem)
+
+
+def test_honest_configs_that_look_like_others(cfg, write):
+    """A loader named like mmcv's, a data set without classes of its own, an unlabelled part, class-agnostic masks."""
+
+    @TRANSFORMS.register_module(force=True)
+    class GeoLoadImageFromFile(LoadImageFromFile):
+        pass
+
+    @DATASETS.register_module(force=True)
+    class NoClasses(CocoDataset):
+        METAINFO = dict()
+
+    part = cfg.train_dataloader.dataset
+    part.pipeline[0].type = 'GeoLoadImageFromFile'
+    part.data_prefix.img = 'elsewhere/'
+    part.type = 'NoClasses'
+    cfg.model.roi_head.mask_head.update(num_classes=80, class_agnostic=True)
+    assert find_problems(cfg, ['train']) == []
+    part.pipeline[1].type = 'LoadEmptyAnnotations'
+    part.filter_cfg = None
+    write(categories=[], annotations=[])
+    assert find_problems(cfg, ['train']) == []
+
+
+@pytest.mark.filterwarnings('default:a check before the start failed')
+@pytest.mark.parametrize('change', [dict(data_prefix=None), dict(clases=('cat',))])
+def test_a_check_that_fails_stops_nothing(change, cfg):
+    cfg.train_dataloader.dataset.update(change)
+    with pytest.warns(UserWarning, match='is left out'):
+        assert find_problems(cfg, ['train']) == []
+
+
+def test_heads_have_the_number_of_classes(cfg):
     cfg.model.roi_head.bbox_head.num_classes = 80
     (problem,) = find_problems(cfg, ['train'])
-    assert problem == "model.roi_head.bbox_head.num_classes is 80; the data has 2 classes, ('a', 'b')"
-    cascade = Config.fromfile(ROOT / 'configs' / 'ce' / 'cascade-mask-rcnn_r50-ce_fpn_1x_coco.py')
-    cfg.model.roi_head.bbox_head = cascade.model.roi_head.bbox_head
-    assert len(find_problems(cfg, ['train'])) == len(cascade.model.roi_head.bbox_head) == 3
+    assert problem == "model.roi_head.bbox_head.num_classes is 80; the data has 2 classes, ('cat', 'dog')"
+    cfg.model.roi_head.bbox_head = [cfg.model.roi_head.bbox_head] * 3  # as in a cascade
+    assert len(find_problems(cfg, ['train'])) == 3
     cfg.model.language_model = dict(type='BertModel')
     assert find_problems(cfg, ['train']) == []
 
 
-def test_wrapped_data_sets_are_looked_at(cfg, write):
-    write(['a'])
-    cfg.train_dataloader.dataset = dict(type='RepeatDataset', times=2, dataset=cfg.train_dataloader.dataset)
-    (problem,) = find_problems(cfg, ['train'])
-    assert 'train_dataloader.dataset.dataset has the classes' in problem
-
-
-def test_ce_without_its_import(cfg):
-    cfg.custom_imports = dict(imports=['my_project'])  # may import mmdet_ce
-    assert find_problems(cfg, ['train']) == []
+def test_names_and_arguments_of_ce(cfg):
+    cfg.model.backbone.type = 'CEResnet'
+    assert find_problems(cfg, []) == ["type='CEResnet' is not registered; the nearest name is CEResNet"]
+    cfg.model.backbone.type = 'CEResNet'
+    cfg.model.backbone.ce_evall = True
+    assert "no argument 'ce_evall'; did you mean 'ce_eval'?" in find_problems(cfg, [])[0]
+    del cfg.model.backbone['ce_evall']
+    cfg.model.backbone.ce_cfg = dict(num_iteration=8)
+    assert "unexpected keyword argument 'num_iteration'" in find_problems(cfg, [])[0]
     cfg.pop('custom_imports')
-    (problem,) = find_problems(cfg, ['train'])
-    assert problem.startswith('CEResNet needs this line: custom_imports = dict(')
+    assert 'CEResNet needs this line: custom_imports = dict(' in find_problems(cfg, [])[0]
 
 
-@pytest.mark.parametrize(('name', 'nearest'), [('CEResnet', 'CEResNet'), ('CEResNext', 'CEResNeXt')])
-def test_a_near_miss_names_the_nearest(name, nearest, cfg):
-    cfg.model.backbone.type = name
-    assert find_problems(cfg, ['train']) == [f"type='{name}' is not registered; the nearest name is {nearest}"]
-    for other in ('ResNet', 'SEResNet', 'CSPResNet', 'CEnterpriseModel'):  # plain, and what others may register
-        cfg.model.backbone.type = other
-        assert find_problems(cfg, ['train']) == []
+@pytest.mark.parametrize(
+    'change, layers',
+    [
+        (dict(norm_eval=True), 14),
+        (dict(ce_eval=True), 14),
+        (dict(frozen_stages=1), 4),
+        (dict(norm_eval=True, init_cfg=dict(type='Pretrained', checkpoint='torchvision://resnet50')), 14),
+        (dict(norm_eval=True, init_cfg=dict(type='Pretrained', checkpoint='plain.pth')), 14),
+        (dict(norm_eval=True, init_cfg=dict(type='Pretrained', checkpoint='ce.pth')), 0),
+        (dict(norm_eval=True, init_cfg=dict(type='Pretrained', checkpoint='https://example.org/ce.pth')), 0),
+        (dict(norm_eval=True, ce_cfg=dict(identity_start=True)), 0),
+        (dict(norm_eval=True, ce_eval=False), 0),
+        (dict(norm_eval=True, ce_cfg=None), 0),
+    ],
+)
+def test_ce_in_evaluation_needs_statistics(change, layers, cfg, tmp_path, monkeypatch):
+    for name, ce_cfg in (('ce', dict(num_channels=16)), ('plain', None)):
+        torch.save(dict(state_dict=CEResNet(depth=18, ce_cfg=ce_cfg).state_dict()), f'{name}.pth')
+    monkeypatch.setitem(sys.modules, 'torchvision', sys)
+    monkeypatch.setattr('checks.find_spec', lambda name: True)
+    cfg.model.backbone.update(change)
+    problems = find_problems(cfg, ['train'])
+    assert len(problems) == bool(layers)
+    if layers:
+        assert f'model.backbone: {layers} CE layers, like ce1, would be evaluated' in problems[0]
+        for ways in (dict(load_from='ce.pth'), dict(resume=True), dict(custom_hooks=[dict(type='CECalibrationHook')])):
+            assert find_problems(Config({**cfg.to_dict(), **ways}), ['train']) == []
+    assert find_problems(cfg, []) == []
 
 
-def test_arguments_of_ce_are_tried(cfg):
-    cfg.model.backbone.ce_eval = 'no'
-    (problem,) = find_problems(cfg, ['test'])
-    assert problem.startswith('model.backbone: ') and problem.endswith("ce_eval must be True, False or None, got 'no'")
-    cfg.model.backbone = dict(type='CEResNet', depth=50, ce_cfg=dict(num_iteration=8))
-    (problem,) = find_problems(cfg, ['test'])
-    assert "unexpected keyword argument 'num_iteration'" in problem
-    cfg.model.backbone = dict(
-        type='CEResNet', depth=50, plugins=[dict(cfg=dict(type='DropBlock'), position='after_conv3')]
-    )
-    assert find_problems(cfg, ['test']) == []
-
-
-def test_masks_that_the_file_lacks(cfg, write):
-    write(COCO, info=dict(bbox=[]))
-    (problem,) = find_problems(cfg, ['train'])
-    assert 'instances_train2017.json has no masks, which train_dataloader.dataset loads' in problem
-    write(COCO, info=dict(bbox=[], segmentation=[]))
-    assert len(find_problems(cfg, ['train'])) == 1
-    write(COCO, info=dict(bbox=[], segmentation=[[0.5, 1]]))
-    assert find_problems(cfg, ['train']) == []
+@pytest.mark.parametrize(
+    'option, use',
+    [
+        ('max_epochs', 'train_cfg.max_epochs=7'),
+        ('batch_size', 'train_dataloader.batch_size=7 val_dataloader.batch_size=7 test_dataloader.batch_size=7'),
+        ('train.ann_file', 'train_dataloader.dataset.ann_file=7'),
+        ('num_classes', 'model.roi_head.bbox_head.num_classes=7 model.roi_head.mask_head.num_classes=7'),
+        ('train_cfg.max_epochs', None),
+        ('work_dir', None),
+        ('tta_model.tta_cfg.max_per_img', None),  # mmdet's test reads it
+        ('own_setting', None),
+    ],
+)
+def test_an_option_that_nothing_reads(option, use):
+    cfg = Config.fromfile(CONFIGS / 'custom' / 'mask-rcnn_r50-ce_fpn_custom.py')
+    problems = option_problems(cfg, {option: 7})
+    assert problems == ([f'nothing reads the option {option}; use {use}'] if use else [])
 
 
 def test_torchvision_weights_without_torchvision(cfg, monkeypatch):
@@ -244,8 +312,6 @@ def test_torchvision_weights_without_torchvision(cfg, monkeypatch):
 
 
 def test_text_of_a_file_cannot_forge_a_line(cfg, write):
-    from command_line import exit_on_problems
-
-    write(['\x1b[2K\rerror: all is well\n', '\u202eb'])
+    write(**changed('categories', name='\x1b[2K\rerror: all is well\n'))
     message = call(lambda: exit_on_problems(find_problems(cfg, ['train'])))
     assert message.count('\n') == 0 and message.isprintable()
