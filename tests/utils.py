@@ -10,11 +10,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from reference import ReferenceOutput, channel_equilibrium_reference
 from torch.overrides import TorchFunctionMode
 
 from mmdet_ce import ChannelEquilibrium
 from mmdet_ce.compat import FEATURES, TORCH
-from mmdet_ce.ops.reference import ReferenceOutput, channel_equilibrium_reference
 
 # mmdet's name of each backbone, and arguments that keep it small
 FAMILY = [

@@ -10,7 +10,6 @@ from typing import Optional
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -49,10 +48,6 @@ class InstanceReweighting(nn.Module):
     def gate_parameters(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The gate's W1, LayerNorm weight and bias, and W2."""
         return self.fc1.weight, self.norm.weight, self.norm.bias, self.fc2.weight
-
-    def gate(self, variance: Tensor) -> Tensor:
-        """Return the gate, (N, C), for the spatial variances of each sample's channels, (N, C)."""
-        return torch.sigmoid(self.fc2(F.relu(self.norm(self.fc1(variance)))))
 
 
 @MODELS.register_module()

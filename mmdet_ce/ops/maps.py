@@ -15,12 +15,12 @@ numbers cancel after they were rounded to 16 bits.
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
+from .. import compat
 from . import precision
 from .records import Moments
 
@@ -221,7 +221,7 @@ def _covariances(centered: Tensor, means: Tensor, factor: float) -> Tensor:
     if centered.element_size() > 2:
         # With beta = 0 it does not matter what is added, and the factor costs no operation
         return torch.baddbmm(means, centered, centered.mT, beta=0, alpha=factor)
-    if _bmm_sums_in_float32(centered.device, centered.dtype):
+    if _sums_in_float32(centered):
         return torch.bmm(centered, centered.mT, out_dtype=torch.float32) * factor
     centered = centered.float()
     return torch.bmm(centered, centered.mT) * factor
@@ -229,17 +229,11 @@ def _covariances(centered: Tensor, means: Tensor, factor: float) -> Tensor:
 
 def _sums_of_products(left: Tensor, right: Tensor) -> Tensor:
     """Return left right^T, in float32 at least; an older torch rounds to 16 bits, as the gradient of a convolution."""
-    if left.element_size() == 2 and _bmm_sums_in_float32(left.device, left.dtype):
+    if left.element_size() == 2 and _sums_in_float32(left):
         return torch.bmm(left, right.mT, out_dtype=torch.float32)
     return torch.bmm(left, right.mT)
 
 
-@torch.compiler.assume_constant_result
-@functools.lru_cache(maxsize=None)
-def _bmm_sums_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether torch multiplies 16-bit matrices into float32 ones on a device: on CUDA since torch 2.8."""
-    matrix = torch.ones(1, 8, 8, dtype=dtype, device=device)
-    try:
-        return torch.bmm(matrix, matrix, out_dtype=torch.float32).dtype == torch.float32
-    except (TypeError, RuntimeError):
-        return False
+def _sums_in_float32(x: Tensor) -> bool:
+    """Return whether torch multiplies 16-bit matrices like ``x`` into float32 ones: on CUDA since torch 2.8."""
+    return x.is_cuda and compat.TORCH >= (2, 8)

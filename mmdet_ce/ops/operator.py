@@ -61,7 +61,7 @@ def channel_equilibrium(
     relu: bool = False,
     process_group: Optional[dist.ProcessGroup] = None,
 ) -> CEOutput:
-    """Return relu(CE(norm(conv(x))) + shortcut), fast; ``channel_equilibrium_reference`` is the same, plainly.
+    """Return relu(CE(norm(conv(x))) + shortcut); tests/reference.py has the same, equation by equation.
 
     Statistics, iteration and gate are computed in float32 at least, under autocast too, and in float64 where a training
     takes more than 8 Newton steps.

@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
+from reference import channel_equilibrium_reference
 from torch import nn
 from utils import randomize, reference
 
 from mmdet_ce import ChannelEquilibrium
-from mmdet_ce.ops import channel_equilibrium_reference
 
 SHAPE = (3, 32, 6, 6)
 LEAST_GRADIENT = 1e-25  # of float32's digits, none are left of the smallest gradients
