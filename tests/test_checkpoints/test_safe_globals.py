@@ -88,6 +88,7 @@ def test_a_training_loads_equal_to_its_pickle(trained, tmp_path):
     path = trained[1]
     loaded = torch.load(path)
     assert {'message_hub', 'ema_state_dict', 'optimizer', 'param_schedulers'} < loaded.keys()
+    assert loaded['state_dict']._metadata['backbone']['ce_cfg']['num_iterations'] == [3], 'under EMAHook too'
     assert type(loaded['param_schedulers'][2]['milestones']) is Counter
     assert_same(loaded, torch.load(path, weights_only=False))
     torch.save(loaded, tmp_path / 'again.pth')
