@@ -31,12 +31,8 @@ def merged(own: Batch, num_samples: int, length: int, group: Optional[dist.Proce
     """Return the moments of the whole batch from those of this process's samples, of L positions each."""
     if group is None:
         return own
-    if num_samples == 0:  # then its means are NaN
-        own = Batch(
-            mean=torch.zeros_like(own.mean),
-            covariance=torch.zeros_like(own.covariance),
-            mean_variance=torch.zeros_like(own.mean_variance),
-        )
+    if num_samples == 0:  # then it is NaN
+        own = own._replace(mean_variance=torch.zeros_like(own.mean_variance))
     samples = own.mean.new_full((1,), num_samples)
     parts = (samples, samples * length, own.mean, own.covariance, own.mean_variance)
     packed = torch.cat([tensor.flatten() for tensor in parts])

@@ -18,7 +18,7 @@ from .records import BatchMoments, Moments, NormInput, Projected, ProjectedGradi
 def of_batch(moments: Moments, length: int) -> BatchMoments:
     """Return the moments over samples and L positions; the covariance is that of positions and of means."""
     n = max(len(moments.means), 1)
-    mean = moments.means.mean(0)  # (B, J)
+    mean = moments.means.mean(0) if len(moments.means) else moments.means.sum(0)  # (B, J); of none 0, not NaN
     shifts = moments.means - mean
     by_block = shifts.transpose(0, 1)  # (B, N, J)
     within = moments.covariances.sum(0)  # (B, J, J)

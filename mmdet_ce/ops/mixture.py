@@ -29,7 +29,7 @@ def mix(affine: Tensor, whitening: Tensor, gate: Tensor, scale: Tensor, p: Param
     lambda_ = torch.sigmoid(p.theta)
     reweighting = gate / scale
     decorrelation = matmul(whitening, affine)
-    reweighted = reweighting.view(-1, *affine.shape[:2], 1) * affine
+    reweighted = reweighting.unflatten(1, affine.shape[:2])[..., None] * affine
     matrix = torch.lerp(reweighted, decorrelation, lambda_)
     ce_matrix = None
     if p.alpha is not None:

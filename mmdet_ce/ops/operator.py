@@ -142,7 +142,7 @@ def _forward(
     )
     needs_covariance = settings.trains or parameters.conv_weight is not None
     c = coefficients(maps.moments(h, needs_covariance), x.shape[2] * x.shape[3], parameters, settings)
-    return maps.apply(h, x, _by_block(c.matrix, h.values.shape[0]), shortcut, relu), c
+    return maps.apply(h, x, _by_block(c.matrix, h), shortcut, relu), c
 
 
 def _block_size(x: Tensor, settings: Settings, parameters: Parameters) -> int:
@@ -150,9 +150,10 @@ def _block_size(x: Tensor, settings: Settings, parameters: Parameters) -> int:
     return settings.group_size if parameters.conv_weight is None else x.shape[1]
 
 
-def _by_block(tensor: Tensor, num_matrices: int) -> Tensor:
+def _by_block(matrix: Tensor, h: maps.GroupedMap) -> Tensor:
     """Return (N, G, d, J + 1) as (N B, R, J + 1): the rows that belong to each block of h."""
-    return tensor.reshape(num_matrices, -1, tensor.shape[-1])
+    num_rows = matrix.shape[1] * matrix.shape[2] // h.means.shape[1]
+    return matrix.reshape(h.values.shape[0], num_rows, matrix.shape[3])
 
 
 class _ChannelEquilibrium(torch.autograd.Function):
@@ -193,13 +194,13 @@ class _ChannelEquilibrium(torch.autograd.Function):
         with compat.without_autocast(x.device.type):
             block_size = _block_size(x, settings, parameters)
             h = maps.group(x, block_size, settings.dtype, ctx.channels_last, means=saved.means)
-            matrix = _by_block(saved.matrix, h.values.shape[0])
+            matrix = _by_block(saved.matrix, h)
             d_matrix, d_shortcut, dy = maps.reduce_backward(grad, h, matrix.shape[1], out)
             gradients = coefficients_backward(d_matrix.view_as(saved.matrix), length, saved, parameters, settings)
             d_x = None
             if ctx.needs_input_grad[0]:
                 k_matrix = gradients.k_matrix.flatten(0, 1)
-                k_vector = None if gradients.k_vector is None else gradients.k_vector.reshape(-1, block_size)
+                k_vector = None if gradients.k_vector is None else gradients.k_vector.flatten(0, 1)
                 d_x = maps.apply_backward(dy, h, x, matrix, k_matrix, k_vector)
         if not ctx.needs_input_grad[1]:
             d_shortcut = None

@@ -6,10 +6,12 @@ import copy
 
 import pytest
 import torch
-from utils import assert_agree, randomize
+from utils import assert_agree, needs, randomize
 
 from mmdet_ce import CEResNet
+from mmdet_ce.backbones.ce_resnet import CEBottleneck
 from mmdet_ce.compat import FEATURES, TORCH
+from mmdet_ce.layers import block_end
 
 COMPILE = dict(fullgraph=TORCH >= FEATURES['torch.compile without a graph break'], backend='aot_eager')
 
@@ -37,3 +39,17 @@ def test_compiles_in_training(norm_eval, memory_format):
         assert_agree(a.grad, b.grad, 1e-4, name)
     for (name, a), b in zip(other.named_buffers(), backbone.buffers()):
         assert_agree(a, b, 1e-5, name)
+
+
+@needs('torch.compile without a graph break')
+def test_inductors_gradients_through_a_convolution(monkeypatch):
+    """Inductor of torch 2.13 drops alpha in torch.add(x, a @ b, alpha=2), in silence."""
+    monkeypatch.setattr(block_end, 'LEAST_POSITIONS_PER_CHANNEL', 0)
+    block = CEBottleneck(32, 8, ce=dict(num_channels=8))
+    x = torch.randn(2, 32, 8, 8)
+    gradients = []
+    for function in (block, torch.compile(block)):
+        block.zero_grad()
+        (function(x) ** 2).sum().backward()
+        gradients.append(block.conv3.weight.grad)
+    assert_agree(gradients[1], gradients[0], 1e-3)

@@ -19,7 +19,7 @@ from mmdet_ce import CEResNet, ChannelEquilibrium
 
 pytestmark = pytest.mark.xdist_group('sync')  # one worker, one pair of processes
 
-SPLITS = {'even': (2, 2), 'uneven': (1, 3)}  # samples of each process
+SPLITS = {'even': (2, 2), 'uneven': (1, 3), 'one empty': (0, 4)}  # samples of each process
 CASES = ['plain', 'checkpointed', 'folded norm', 'identity start', 'float32']
 
 
