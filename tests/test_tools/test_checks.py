@@ -39,7 +39,7 @@ def write(tmp_path, monkeypatch):
         (tmp_path / split / '1.png').touch()
 
     def call(split='train', text=None, **changes):
-        (tmp_path / f'{split}.json').write_text(text or json.dumps({**FILE, **changes}))
+        (tmp_path / f'{split}.json').write_text(text or json.dumps({**changes, **FILE, **changes}))
 
     call('train')
     call('val')
@@ -219,8 +219,9 @@ def test_honest_configs_that_look_like_others(cfg, write):
     assert find_problems(cfg, ['train']) == []
     part.pipeline[1].type = 'LoadEmptyAnnotations'
     part.filter_cfg = None
-    write(categories=[], annotations=[])
-    assert find_problems(cfg, ['train']) == []
+    for categories in ([], [dict(id=1, name='object')]):
+        write(categories=categories, annotations=[])
+        assert find_problems(cfg, ['train']) == []
 
 
 @pytest.mark.filterwarnings('default:a check before the start failed')
