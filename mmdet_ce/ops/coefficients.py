@@ -21,7 +21,17 @@ from .mixture import MixtureGradients, mix, mix_backward
 from .newton import whiten, whiten_backward
 from .norm import affine, affine_backward, affine_matrix, move_running_values
 from .precision import add_matmul, matmul
-from .records import BatchMoments, Coefficients, Gradients, Moments, Parameters, Saved, Settings, Statistics
+from .records import (
+    BatchMoments,
+    Coefficients,
+    Gradients,
+    Moments,
+    Parameters,
+    ProjectedGradients,
+    Saved,
+    Settings,
+    Statistics,
+)
 
 
 def coefficients(moments: Moments, length: int, parameters: Parameters, settings: Settings) -> Coefficients:
@@ -113,8 +123,7 @@ def coefficients_backward(
     """
     p = converted(parameters, settings.dtype)
     moments_of = _moments_of(saved.means, saved.projected)
-    num_samples, num_blocks, _ = saved.means.shape
-    num_positions = max(num_samples * length, 1)
+    num_blocks = saved.means.shape[1]
     matrix = saved.affine[..., :-1]  # V
     mixture = mix_backward(d_mixed, saved, p, settings.trains)
     gates = gate_backward(mixture.log_gate, saved, p)
@@ -143,14 +152,7 @@ def coefficients_backward(
             # Not by alpha: torch.compile of torch 2.13 drops it beside a product of two matrices
             d_conv_weight = d_conv_weight + 2 * through.matrix
             d_conv_weight = torch.addcmul(d_conv_weight, norm.mean[:, None], saved.batch_mean)
-    k_matrix = samples.covariances * (2 / (length - 1) if length > 1 else 0.0)  # one position has no variance
-    k_vector = None
-    for through in through_batch:
-        k_matrix = torch.add(k_matrix, through.covariances, alpha=2 / num_positions)
-        at_means = moments_of.at_means(through.covariances, saved.batch_shifts, 2 / num_positions)
-        k_vector = at_means if k_vector is None else k_vector + at_means
-        if through.mean is not None:
-            k_vector = torch.add(k_vector, through.mean, alpha=1 / num_positions)
+    k_matrix, k_vector = _through_moments(samples.covariances, through_batch, length, saved)
     return Gradients(
         k_matrix=k_matrix,
         k_vector=k_vector,
@@ -166,6 +168,24 @@ def coefficients_backward(
             fc2_weight=gates.fc2_weight,
         ),
     )
+
+
+def _through_moments(
+    d_covariances: Tensor, through_batch: list[ProjectedGradients], length: int, saved: Saved
+) -> tuple[Tensor, Optional[Tensor]]:
+    """Return K, and k or None for 0, from what comes through the covariances of the samples and through the batch."""
+    num_positions = max(len(saved.means) * length, 1)
+    k_matrix = d_covariances * (2 / (length - 1) if length > 1 else 0.0)  # one position has no variance
+    k_vector = None
+    for through in through_batch:
+        k_matrix = torch.add(k_matrix, through.covariances, alpha=2 / num_positions)
+        at_means = _moments_of(saved.means, saved.projected).at_means(
+            through.covariances, saved.batch_shifts, 2 / num_positions
+        )
+        k_vector = at_means if k_vector is None else k_vector + at_means
+        if through.mean is not None:
+            k_vector = torch.add(k_vector, through.mean, alpha=1 / num_positions)
+    return k_matrix, k_vector
 
 
 class _StatisticsGradients(NamedTuple):

@@ -32,6 +32,7 @@ class Settings(NamedTuple):
     running_whitening: Optional[Tensor]  # (G, d, d), P_T in evaluation; None in training
     running_scale: Optional[Tensor]  # (1,), s in evaluation; None in training
     norm: Optional[nn.BatchNorm2d]  # its weight and bias are among the parameters
+    norm_trains: bool  # whether the norm uses the statistics of the batch; its mode may change before the backward pass
     process_group: Optional[dist.ProcessGroup]  # whose samples are the batch in training; None for this process alone
     dtype: torch.dtype  # of all that is computed, but for the passes over 16-bit maps on CUDA
 
@@ -39,11 +40,6 @@ class Settings(NamedTuple):
     def trains(self) -> bool:
         """Whether CE uses the statistics of the batch."""
         return self.running_whitening is None
-
-    @property
-    def norm_trains(self) -> bool:
-        """Whether the norm uses the statistics of the batch."""
-        return self.norm is not None and (self.norm.training or not self.norm.track_running_stats)
 
 
 class Moments(NamedTuple):

@@ -117,6 +117,19 @@ def test_gradcheck(norm_trains, ce_trains, memory_format, path):
     assert torch.autograd.gradcheck(function, (x, shortcut, *parameters), atol=1e-6, fast_mode=True)
 
 
+@pytest.mark.parametrize('training', [True, False])
+def test_the_mode_may_change_before_the_backward_pass(training, path):
+    gradients = []
+    for changes in (False, True):
+        end = make().train(training)
+        out = run(end, *inputs())
+        end.train(training != changes)
+        out.square().sum().backward()
+        gradients.append([p.grad for p in end.parameters()])
+    for a, b in zip(*gradients):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize('size', [(0, 3, 4), (1, 1, 1), (1, 3, 4), (3, 1, 1)])
 @pytest.mark.parametrize('norm_trains, ce_trains', MODES)
 def test_parts_of_size_0_and_1(size, norm_trains, ce_trains, path):
