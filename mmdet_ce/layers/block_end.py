@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as every_module
 
 from .. import compat
-from ..ops.precision import is_tracing
+from ..ops.precision import convolves_faster, is_tracing
 from .channel_equilibrium import ChannelEquilibrium
 
 # CE goes through a convolution of C_in channels from this many positions a channel on. The moments cost C C_in^2 for
@@ -98,6 +98,7 @@ def _is_passed_through(conv: nn.Module, x: Tensor) -> bool:
         and conv.groups == 1
         and conv.bias is None
         and x.shape[2] * x.shape[3] >= LEAST_POSITIONS_PER_CHANNEL * conv.in_channels
+        and not convolves_faster(x)
         and not (x.dtype == torch.float32 and compat.is_autocast_enabled(x.device.type))  # it would return 16 bits
         and not is_hooked(conv)
     )

@@ -36,6 +36,12 @@ def stays_16_bit(x: Tensor) -> bool:
     return x.is_cuda and x.element_size() == 2
 
 
+def convolves_faster(x: Tensor) -> bool:
+    """Return whether a convolution of x takes TF32 where a product of matrices does not: CUDA's default in float32."""
+    is_float32 = x.is_cuda and x.dtype == torch.float32
+    return is_float32 and torch.backends.cudnn.allow_tf32 and not compat.is_tf32_allowed()
+
+
 def multiplies_in_tf32(x: Tensor) -> bool:
     """Return whether a product of float32 tensors like ``x`` may be rounded to TF32, as the user can allow on CUDA."""
     return x.is_cuda and x.dtype == torch.float32 and compat.is_tf32_allowed()

@@ -234,6 +234,12 @@ def test_another_convolution_is_called_on_its_own(name, training):
         assert is_called(end.conv, end)
 
 
+def test_a_convolution_in_tf32_is_called_on_its_own(monkeypatch):
+    monkeypatch.setattr(module, 'convolves_faster', lambda x: True)
+    end = make()
+    assert is_called(end.conv, end)
+
+
 @pytest.mark.parametrize('part', ['norm', 'ce', 'relu'])
 def test_a_hook_sees_its_module_called(part):
     end = make()
