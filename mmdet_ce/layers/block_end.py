@@ -94,7 +94,7 @@ def _is_passed_through(conv: nn.Module, x: Tensor) -> bool:
     return (
         type(conv) is nn.Conv2d
         and conv.kernel_size == conv.stride == (1, 1)
-        and conv.padding in ((0, 0), 'valid', 'same')
+        and conv.padding == (0, 0)
         and conv.groups == 1
         and conv.bias is None
         and x.shape[2] * x.shape[3] >= LEAST_POSITIONS_PER_CHANNEL * conv.in_channels

@@ -159,7 +159,7 @@ def coefficients_backward(
         parameters=Parameters(
             theta=mixture.theta,
             alpha=mixture.alpha,
-            conv_weight=d_conv_weight,
+            conv_weight=None if d_conv_weight is None else d_conv_weight[..., None, None],
             norm_weight=norm.weight,
             norm_bias=norm.bias,
             fc1_weight=gates.fc1_weight,

@@ -21,7 +21,7 @@ docs/channel_equilibrium.md derives it all.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from typing import Optional
 
 import torch
 import torch.distributed as dist
@@ -32,13 +32,6 @@ from .. import compat
 from . import maps, precision
 from .coefficients import coefficients, coefficients_backward
 from .records import Coefficients, Parameters, Saved, Settings, Statistics
-
-
-class CEOutput(NamedTuple):
-    """The output of Channel Equilibrium and the statistics of the batch that it was computed with."""
-
-    out: Tensor  # (N, C, H, W)
-    statistics: Statistics
 
 
 def channel_equilibrium(
@@ -60,7 +53,7 @@ def channel_equilibrium(
     shortcut: Optional[Tensor] = None,
     relu: bool = False,
     process_group: Optional[dist.ProcessGroup] = None,
-) -> CEOutput:
+) -> tuple[Tensor, Statistics]:
     """Return relu(CE(norm(conv(x))) + shortcut); tests/reference.py has the same, equation by equation.
 
     Statistics, iteration and gate are computed in float32 at least, under autocast too, and in float64 where a training
@@ -122,12 +115,12 @@ def channel_equilibrium(
     with compat.without_autocast(x.device.type):
         if not precision.is_tracing():
             out, *statistics = _ChannelEquilibrium.apply(x, shortcut, relu, settings, *parameters)
-            return CEOutput(out=out, statistics=Statistics._make(statistics))
+            return out, Statistics._make(statistics)
         # The same, in operations that a trace records
         out, c = _forward(x, shortcut, relu, settings, parameters)
         # Copied: adding to a view in place would put reshapes around all that follows in an exported graph
         out = out.clone(memory_format=torch.channels_last if maps.is_channels_last(x) else torch.contiguous_format)
-        return CEOutput(out=out, statistics=c.statistics)
+        return out, c.statistics
 
 
 def _forward(
@@ -205,11 +198,4 @@ class _ChannelEquilibrium(torch.autograd.Function):
                 d_x = maps.apply_backward(dy, h, x, matrix, k_matrix, k_vector)
         if not ctx.needs_input_grad[1]:
             d_shortcut = None
-        return d_x, d_shortcut, None, None, *_shaped(gradients.parameters, parameters)
-
-
-def _shaped(gradients: Parameters, parameters: Parameters) -> Parameters:
-    """Return the gradients in the shapes of the parameters: that of a convolution has two axes more."""
-    if gradients.conv_weight is None:
-        return gradients
-    return gradients._replace(conv_weight=gradients.conv_weight.view_as(parameters.conv_weight))
+        return d_x, d_shortcut, None, None, *gradients.parameters
