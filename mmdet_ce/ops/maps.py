@@ -106,9 +106,6 @@ def moments(h: GroupedMap, with_covariance: bool) -> Moments:
     length = h.values.shape[2]
     factor = 1 / (length - 1 + 1 // length)  # 1 for a 1x1 map, whose variance is 0; max() would choose in a trace
     flat_means = h.means.flatten(0, 1)[..., None]  # (N B, J, 1)
-    if h.values.is_cuda and not (h.is_centered or with_covariance):  # one read; on a CPU it takes ten times as long
-        covariances = h.values.var(2, correction=min(1, length - 1))
-        return Moments(h.means, covariances.view_as(h.means))
     centered = h.values if h.is_centered else torch.sub(h.values, flat_means, out=h.scratch)
     if with_covariance:
         covariances = _covariances(centered, flat_means, factor)

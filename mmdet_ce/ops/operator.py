@@ -167,8 +167,9 @@ class _ChannelEquilibrium(torch.autograd.Function):
         ctx.settings = settings
         # torch.compile allows no look at the layout in a backward pass
         ctx.channels_last = maps.is_channels_last(x)
-        ctx.num_parameters = len(parameters)
-        ctx.save_for_backward(x, out if relu else None, *parameters, *c.saved)
+        kept = dict(x=x, out=out if relu else None, **parameters._asdict(), **c.saved._asdict())
+        ctx.names = tuple(kept)
+        ctx.save_for_backward(*kept.values())
         ctx.mark_non_differentiable(*(t for t in c.statistics if t is not None))
         ctx.set_materialize_grads(False)  # for the statistics autograd would fill tensors with zeros
         # Detached: autograd forbids changing a function's output in place where it is a view.
@@ -177,9 +178,11 @@ class _ChannelEquilibrium(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Optional[Tensor], *_: Optional[Tensor]) -> tuple[Optional[Tensor], ...]:
-        x, out, *tensors = ctx.saved_tensors
-        parameters = Parameters._make(tensors[: ctx.num_parameters])
-        saved = Saved._make(tensors[ctx.num_parameters :])
+        kept = dict(zip(ctx.names, ctx.saved_tensors))
+        x = kept.pop('x')
+        out = kept.pop('out')
+        parameters = Parameters(**{name: kept.pop(name) for name in Parameters._fields})
+        saved = Saved(**kept)
         settings = ctx.settings
         length = x.shape[2] * x.shape[3]
         if grad is None:  # another process may wait for this one's sums
