@@ -34,7 +34,8 @@ test_pipeline = [
 ]
 shared = dict(data_root=data_root, metainfo=metainfo)
 train_dataloader = dict(batch_size=4, dataset=dict(pipeline=train_pipeline, **shared, **train))
-val_dataloader = dict(batch_size=4, dataset=dict(pipeline=test_pipeline, **shared, **val))
+# One image at a time: CE's gate sees the padding of a smaller image beside a larger one.
+val_dataloader = dict(batch_size=1, dataset=dict(pipeline=test_pipeline, **shared, **val))
 test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + val['ann_file'])
 test_evaluator = val_evaluator
