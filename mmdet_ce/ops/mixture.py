@@ -29,7 +29,7 @@ def mix(affine: Tensor, whitening: Tensor, gate: Tensor, scale: Tensor, p: Param
     lambda_ = torch.sigmoid(p.theta)
     reweighting = gate / scale
     decorrelation = matmul(whitening, affine)
-    reweighted = reweighting.unflatten(1, affine.shape[:2])[..., None] * affine
+    reweighted = reweighting.view(gate.shape[0], *affine.shape[:2], 1) * affine
     matrix = torch.lerp(reweighted, decorrelation, lambda_)
     ce_matrix = None
     if p.alpha is not None:
