@@ -39,17 +39,16 @@ def block_end(
     """
     if type(ce) is not ChannelEquilibrium or is_tracing() or x.numel() == 0 or is_hooked(ce):
         return _apart(x, norm, ce, conv, shortcut, relu)
-    takes_norm = _is_batch_norm(norm)
+    # Of a single value BatchNorm refuses to take the statistics
+    takes_norm = _is_batch_norm(norm) and x.numel() > x.shape[1]
     takes_conv = takes_norm and conv is not None and _is_passed_through(conv, x)
     if conv is not None and not takes_conv:
         x = conv(x)
-    # Of a single value BatchNorm refuses to take the statistics
-    takes_norm = takes_norm and not (norm.training and x.numel() == x.shape[1])
     if not takes_norm:
         x = norm(x)
     has_shortcut = shortcut is not None
     takes_shortcut = has_shortcut and shortcut.shape == (x.shape[0], ce.in_channels, *x.shape[2:])
-    takes_relu = type(relu) is nn.ReLU and takes_shortcut == has_shortcut and not is_hooked(relu)
+    takes_relu = type(relu) is nn.ReLU and (takes_shortcut or not has_shortcut) and not is_hooked(relu)
     out = ce(
         x,
         conv=conv if takes_conv else None,
@@ -85,7 +84,7 @@ def _is_batch_norm(norm: nn.Module) -> bool:
     """Return whether CE can take a norm in: exactly a BatchNorm, and in training one of this process alone."""
     # Exactly these classes: a subclass may compute something else.
     if type(norm) is nn.SyncBatchNorm:
-        return not norm.training and norm.track_running_stats and not is_hooked(norm)
+        return not norm.training and norm.running_mean is not None and not is_hooked(norm)
     return type(norm) is nn.BatchNorm2d and not is_hooked(norm)
 
 

@@ -48,7 +48,7 @@ def affine_matrix(norm: Affine, conv_weight: Optional[Tensor], means: Tensor, gr
 
 def move_running_values(norm: nn.BatchNorm2d, batch: NormInput, count: int) -> None:
     """Move the running values of a norm that trains as torch does; ``count`` are the values of each channel."""
-    if not norm.track_running_stats or not norm.training:
+    if norm.running_mean is None or not norm.track_running_stats:
         return
     norm.num_batches_tracked.add_(1)
     momentum = norm.momentum

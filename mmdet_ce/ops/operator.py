@@ -97,7 +97,7 @@ def channel_equilibrium(
         running_whitening=running_whitening,
         running_scale=running_scale,
         norm=norm,
-        norm_trains=norm is not None and (norm.training or not norm.track_running_stats),
+        norm_trains=norm is not None and (norm.training or norm.running_mean is None),
         process_group=process_group if trains else None,
         dtype=precision.dtype_of(x, num_iterations if trains else 0),
     )

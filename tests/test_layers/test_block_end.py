@@ -161,6 +161,17 @@ def test_a_norm_that_trains_moves_as_torchs(kwargs, path):
         assert_agree(value, expected, 1e-12, name)
 
 
+@pytest.mark.parametrize('training', [True, False])
+def test_a_norm_that_stops_tracking_uses_its_running_values_as_torchs(training, path):
+    end = make().train(training)
+    end.norm.track_running_stats = False
+    other = copy.deepcopy(end)
+    tensors = inputs()
+    actual = gradients(run, end, tensors)
+    for name, expected in gradients(oracle, other, tensors).items():
+        assert_agree(actual[name], expected, 1e-10, name)
+
+
 def test_a_recomputed_pass_counts_as_in_mmdets_block(path):
     """torch's checkpoint runs the block twice: BatchNorm's running values move twice, CE's once."""
     end = make()
