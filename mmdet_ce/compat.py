@@ -46,7 +46,9 @@ def is_autocast_enabled(device_type: str) -> bool:
 
 def without_autocast(device_type: str) -> AbstractContextManager:
     """Return a context in which autocast is off. Remove it when torch >= 2.4."""
-    return torch.autocast(device_type, enabled=False) if is_autocast_enabled(device_type) else nullcontext()
+    # torch.compile traces a backward pass as if autocast were off, and runs it where autocast is on
+    is_needed = is_dynamo_compiling() or is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if is_needed else nullcontext()
 
 
 @torch.compiler.assume_constant_result  # torch 2.11 cannot trace a look at the switch

@@ -6,9 +6,10 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from utils import assert_agree, needs, randomize
 
-from mmdet_ce import CEResNet
+from mmdet_ce import CEResNet, ChannelEquilibrium
 from mmdet_ce.backbones.ce_resnet import CEBottleneck
 from mmdet_ce.compat import FEATURES, TORCH
 from mmdet_ce.layers import block_end
@@ -53,3 +54,33 @@ def test_inductors_gradients_through_a_convolution(monkeypatch):
         (function(x) ** 2).sum().backward()
         gradients.append(block.conv3.weight.grad)
     assert_agree(gradients[1], gradients[0], 1e-3)
+
+
+@needs('torch.compile without a graph break')
+def test_compiles_for_a_shortcut_of_unknown_size():
+    """Whether the shortcut has the shape of the result is then known in symbols alone."""
+    norm, ce, relu = randomize(nn.ModuleList([nn.BatchNorm2d(32), ChannelEquilibrium(32), nn.ReLU()])).eval()
+
+    def function(x, shortcut):
+        return block_end.block_end(x, norm, ce, shortcut=shortcut, relu=relu)
+
+    x, shortcut = torch.randn(2, 2, 32, 8, 9)
+    out = torch.compile(function, dynamic=True, **COMPILE)(x, shortcut)
+    assert_agree(out, function(x, shortcut), 1e-5)
+
+
+@needs('torch.compile without a graph break')
+@pytest.mark.parametrize('training', [True, False])
+def test_compiles_under_autocast(training):
+    """The backward pass is computed in float32, as without torch.compile."""
+    ce = randomize(ChannelEquilibrium(32)).train(training)
+    x = torch.randn(2, 32, 8, 8).bfloat16()
+    weights = torch.randn_like(x)
+    gradients = []
+    for function in (ce, torch.compile(ce, **COMPILE)):
+        ce.zero_grad()
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            out = function(x)
+        (out * weights).sum().backward()
+        gradients.append(ce.ir.fc1.weight.grad)
+    assert_agree(gradients[1], gradients[0], 1e-4)
