@@ -42,30 +42,6 @@ def run(function, x, *modules):
     return out, x.grad, *(p.grad for m in modules for p in m.parameters())
 
 
-def with_means(shape, means: float) -> torch.Tensor:
-    """Return a map whose channels have means of so many deviations."""
-    sign = torch.where(torch.arange(shape[1]) % 2 == 0, 1.0, -1.0)
-    return torch.randn(shape) + means * sign.view(-1, 1, 1)
-
-
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize('training', [True, False])
-@pytest.mark.parametrize('means', [0, 10])
-def test_low_precision_errs_by_its_own_rounding(dtype, training, means):
-    """Not more than float32's result rounded: statistics, matrices and products are float32."""
-    _, ce = norm_and_ce(torch.float32)
-    ce.train(training)
-    x = with_means((2, 32, 8, 8), means).to(dtype)
-    exact = run(copy.deepcopy(ce), x.float(), ce)
-    x = x.requires_grad_()
-    out = copy.deepcopy(ce)(x)
-    out.backward(torch.linspace(-1, 1, out.numel()).view_as(out).to(dtype))
-    rounding = torch.finfo(dtype).eps
-    assert out.dtype == x.grad.dtype == dtype
-    assert_agree(out.float(), exact[0], rounding)
-    assert_agree(x.grad.float(), exact[1], 4 * rounding)
-
-
 def test_gradient_of_theta_keeps_its_digits_near_lambda_one():
     """lambda (1 - lambda) times a difference: 1 - lambda has to stand before the difference."""
     _, ce = norm_and_ce(torch.float32)
