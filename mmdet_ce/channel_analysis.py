@@ -52,7 +52,7 @@ class LayerStatistics:
     def measures(self, threshold: float = INHIBITED_BELOW) -> dict[str, float]:
         """Return the layer in numbers, by name.
 
-        With CE there are ``inhibited_before`` CE, ``lambda``, ``alpha`` (with identity start), and the off-diagonal
+        With CE there are ``inhibited_before`` CE, ``lambda``, ``alpha`` (with ``identity_start``), and the off-diagonal
         energy of the covariance of channel groups, ``off_diagonal_before`` and ``off_diagonal_after`` CE.
         """
         row = dict(channels=len(self.contribution), inhibited=inhibited_share(self.contribution, threshold))

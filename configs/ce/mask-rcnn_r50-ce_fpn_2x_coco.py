@@ -1,7 +1,7 @@
 _base_ = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_2x_coco.py'
 custom_imports = dict(imports=['mmdet_ce'], allow_failed_imports=False)
 default_hooks = dict(checkpoint=dict(backend_args=dict(backend='atomic')))
-custom_hooks = [dict(type='SyncBuffersHook')]  # before validation: the mean of the GPUs' statistics
+custom_hooks = [dict(type='SyncBuffersHook')]  # averages running values over the GPUs before validation
 # Weights: the authors' ImageNet CE-ResNet-50, converted (README, "Weights"). Its statistics are frozen with the norms.
 model = dict(
     backbone=dict(type='CEResNet', init_cfg=dict(type='Pretrained', checkpoint='checkpoints/ce-resnet50_imagenet.pth'))

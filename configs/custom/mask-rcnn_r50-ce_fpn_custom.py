@@ -50,7 +50,7 @@ param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
     dict(type='CosineAnnealingLR', by_epoch=True, end=max_epochs, T_max=max_epochs, convert_to_iter_based=True),
 ]
-custom_hooks = [dict(type='SyncBuffersHook')]  # before validation: the mean of the GPUs' statistics
+custom_hooks = [dict(type='SyncBuffersHook')]  # averages running values over the GPUs before validation
 default_hooks = dict(
     logger=dict(interval=10),
     checkpoint=dict(max_keep_ckpts=2, save_best='auto', backend_args=dict(backend='atomic')),

@@ -69,5 +69,5 @@ param_scheduler = [
 optim_wrapper = dict(
     optimizer=dict(_delete_=True, type='AdamW', lr=1e-3, weight_decay=0.05), clip_grad=dict(max_norm=10)
 )
-custom_hooks = [dict(type='SyncBuffersHook')]  # before validation: the mean of the GPUs' statistics
+custom_hooks = [dict(type='SyncBuffersHook')]  # averages running values over the GPUs before validation
 default_hooks = dict(logger=dict(interval=10), checkpoint=dict(backend_args=dict(backend='atomic'), max_keep_ckpts=2))

@@ -74,7 +74,7 @@ class ChannelEquilibrium(nn.Module):
         reduction: The gate's bottleneck has ``in_channels // reduction`` channels.
         eps: Ridge added to the covariance.
         momentum: Weight of the batch in the running values.
-        identity_start: Whether CE starts switched off and learns its share: the output is (1 - alpha) x + alpha CE(x),
+        identity_start: Whether the block starts as the identity: the output is (1 - alpha) x + alpha CE(x),
             with a parameter alpha that starts at 0. An extension of this project, for weights trained without CE.
         sync: Whether the batch of the training form is that of all processes, as in SyncBN. Otherwise each process has
             its own statistics, and a checkpoint holds those of rank 0.

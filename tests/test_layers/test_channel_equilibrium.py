@@ -57,7 +57,7 @@ def test_gradcheck(training, identity_start):
 
 @pytest.mark.parametrize('training', [True, False])
 def test_identity_start(training):
-    """At first the input, exactly; only alpha has a gradient then, and CE grows in."""
+    """At first the input, exactly; only alpha has a gradient then, and moves."""
     ce = ChannelEquilibrium(32, identity_start=True).train(training)
     x = torch.randn(2, 32, 5, 5)
     out = ce(x)
