@@ -1,9 +1,10 @@
 _base_ = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
 custom_imports = dict(imports=['mmdet_ce'], allow_failed_imports=False)
 default_hooks = dict(checkpoint=dict(backend_args=dict(backend='atomic')))
-custom_hooks = [dict(type='SyncBuffersHook')]  # before validation: the mean of the GPUs' statistics
-# Weights: torchvision's plain ResNet-50. CE starts as the identity and grows in, on the batch's statistics beside
-# frozen norms; so no stage is frozen, which would keep its CE untouched.
+# Averages the statistics of BatchNorm and CE over the GPUs before each validation.
+custom_hooks = [dict(type='SyncBuffersHook')]
+# Weights: torchvision's plain ResNet-50, with identity_start (docs/usage.md). The norms are frozen.
+# CE uses the batch's statistics. No stage is frozen, because CE does not train in a frozen stage.
 model = dict(
     backbone=dict(type='CEResNet', ce_cfg=dict(num_channels=16, identity_start=True), ce_eval=False, frozen_stages=-1)
 )
