@@ -1,8 +1,9 @@
 _base_ = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
 custom_imports = dict(imports=['mmdet_ce'], allow_failed_imports=False)
 default_hooks = dict(checkpoint=dict(backend_args=dict(backend='atomic')))
-custom_hooks = [dict(type='SyncBuffersHook')]  # averages running values over the GPUs before validation
-# Weights: the authors' ImageNet CE-ResNet-50, converted (README, "Weights"). Its statistics are frozen with the norms.
+# Averages the statistics of BatchNorm and CE over the GPUs before each validation.
+custom_hooks = [dict(type='SyncBuffersHook')]
+# Weights: the authors' ImageNet CE-ResNet-50, converted (README, "Weights"). The norms and CE's statistics are frozen.
 model = dict(
     backbone=dict(type='CEResNet', init_cfg=dict(type='Pretrained', checkpoint='checkpoints/ce-resnet50_imagenet.pth'))
 )

@@ -1,3 +1,3 @@
 _base_ = './retinanet_r50-ce_fpn_1x_coco.py'
-# Automatic mixed precision; CE's statistics stay in float32.
+# Automatic mixed precision. CE computes its statistics in float32.
 optim_wrapper = dict(type='AmpOptimWrapper')

@@ -1,16 +1,16 @@
-# RetinaNet with CE on your own data in COCO's format, boxes only. Change what is marked, then tools/train.py.
+# RetinaNet with CE on your own data in COCO's format, boxes only. Change parts 1 to 4, then run tools/train.py.
 _base_ = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
 custom_imports = dict(imports=['mmdet_ce'], allow_failed_imports=False)
 
-# 1. Your data: a folder, a JSON file of annotations and a folder of images for each part, the names of the classes.
+# 1. Your data: a folder, a JSON file of annotations and a folder of images for each part, and the classes.
 data_root = 'data/custom/'
 metainfo = dict(classes=('first', 'second'))  # a single one: ('first',); palette=[(R, G, B), ...] sets colours
 train = dict(ann_file='annotations/train.json', data_prefix=dict(img='train/'))
 val = dict(ann_file='annotations/val.json', data_prefix=dict(img='val/'))
 
-# 2. The network: plain ImageNet weights under CE; norms and CE train. docs/your_data.md has the other ways.
-# Another depth needs the base's weights and channels changed: depth=18, its own init_cfg, and
-# neck=dict(in_channels=[64, 128, 256, 512]).
+# 2. The network: plain ImageNet weights. CE is untrained at the start. Norms and CE train, and no stage is frozen.
+# docs/your_data.md has the other settings. Another depth needs other weights and channels, for example depth=18, its
+# init_cfg, and neck=dict(in_channels=[64, 128, 256, 512]).
 num_classes = len(metainfo['classes'])
 model = dict(
     backbone=dict(type='CEResNet', frozen_stages=-1, norm_eval=False),
@@ -40,7 +40,7 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + val['ann_file'])
 test_evaluator = val_evaluator
 
-# 4. The training: a small set, from pretrained weights. From scratch take 3 times as many epochs.
+# 4. The training, for a small set and pretrained weights. From scratch, train 3 times as many epochs.
 max_epochs = 12
 train_cfg = dict(max_epochs=max_epochs)
 optim_wrapper = dict(
@@ -50,7 +50,8 @@ param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
     dict(type='CosineAnnealingLR', by_epoch=True, end=max_epochs, T_max=max_epochs, convert_to_iter_based=True),
 ]
-custom_hooks = [dict(type='SyncBuffersHook')]  # averages running values over the GPUs before validation
+# Averages the statistics of BatchNorm and CE over the GPUs before each validation.
+custom_hooks = [dict(type='SyncBuffersHook')]
 default_hooks = dict(
     logger=dict(interval=10),
     checkpoint=dict(max_keep_ckpts=2, save_best='auto', backend_args=dict(backend='atomic')),

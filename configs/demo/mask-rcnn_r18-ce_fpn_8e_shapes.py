@@ -26,7 +26,7 @@ train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
     dict(type='RandomFlip', prob=0.5),
-    # named, since mmdet 3.0 takes a missing scale_factor for an error
+    # Named, because mmdet 3.0 raises an error if scale_factor is missing
     dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'flip', 'flip_direction')),
 ]
 test_pipeline = [
@@ -69,5 +69,6 @@ param_scheduler = [
 optim_wrapper = dict(
     optimizer=dict(_delete_=True, type='AdamW', lr=1e-3, weight_decay=0.05), clip_grad=dict(max_norm=10)
 )
-custom_hooks = [dict(type='SyncBuffersHook')]  # averages running values over the GPUs before validation
+# Averages the statistics of BatchNorm and CE over the GPUs before each validation.
+custom_hooks = [dict(type='SyncBuffersHook')]
 default_hooks = dict(logger=dict(interval=10), checkpoint=dict(backend_args=dict(backend='atomic'), max_keep_ckpts=2))

@@ -1,7 +1,7 @@
 _base_ = 'mmpretrain::_base_/default_runtime.py'
 custom_imports = dict(imports=['mmdet_ce'], allow_failed_imports=False)
-# Half of the width of a ResNet-18, and a folder of 64x64 images by class: a pretraining that two CPU cores can do.
-# Another folder, or part of the classes: --cfg-options train_dataloader.dataset.data_root=DIR
+# A ResNet-18 of half width on 64x64 images, with a folder for each class. Two CPU cores can train it.
+# Another folder, or a part of the classes: --cfg-options train_dataloader.dataset.data_root=DIR
 # val_dataloader.dataset.data_root=DIR model.head.num_classes=N data_preprocessor.num_classes=N
 num_classes = 200
 model = dict(
