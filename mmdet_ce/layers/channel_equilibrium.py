@@ -17,7 +17,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from .. import compat
 from ..ops import channel_equilibrium
 from ..ops.gate import LAYER_NORM_EPS
-from ..ops.precision import in_backward_pass, is_tracing
+from ..ops.precision import in_backward_pass
 from ..ops.records import Statistics
 
 
@@ -143,9 +143,6 @@ class ChannelEquilibrium(nn.Module):
             relu: Whether ReLU comes last.
         """
         self._check_input(x, conv)
-        process_group = self._process_group()
-        if process_group is None and not is_tracing() and x.numel() == 0:
-            return self._of_nothing(x, conv, norm, shortcut)
         out, statistics = channel_equilibrium(
             x,
             self.theta,
@@ -160,21 +157,12 @@ class ChannelEquilibrium(nn.Module):
             norm=norm,
             shortcut=shortcut,
             relu=relu,
-            process_group=process_group,
+            process_group=self._process_group(),
         )
         # Activation checkpointing runs the forward pass again inside the backward pass: that one must not count.
         if self.training and (compat.is_compiling() or not in_backward_pass()):
             self._update(statistics)
         return out
-
-    def _of_nothing(
-        self, x: Tensor, conv: Optional[nn.Module], norm: Optional[nn.Module], shortcut: Optional[Tensor]
-    ) -> Tensor:
-        """Return the output of a batch of 0: nothing, of which every parameter has the gradient 0."""
-        for module in (conv, norm):
-            x = x if module is None else module(x)
-        x = x if shortcut is None else x + shortcut
-        return x + sum(parameter.sum() for parameter in self.parameters()).to(x.dtype)
 
     def _process_group(self) -> Optional[dist.ProcessGroup]:
         """Return the processes that statistics are taken over; None for this one alone."""

@@ -57,20 +57,16 @@ def merged(own: Batch, num_samples: int, length: int, group: Optional[dist.Proce
     )
 
 
-class BatchGradients(NamedTuple):
-    """The gradients of this process's own moments of x."""
+def merged_backward(d_covariance: Tensor, saved: Saved) -> tuple[Tensor, Optional[Tensor]]:
+    """Return the gradients of this process's covariance and mean of x from that of the covariance of the whole batch.
 
-    mean: Optional[Tensor]  # (G, d); None for 0
-    covariance: Tensor  # (G, d, d)
-
-
-def merged_backward(d_covariance: Tensor, saved: Saved) -> BatchGradients:
-    """Return the gradients of this process's moments from that of the covariance of the whole batch, symmetric."""
+    Both covariances' gradients are symmetric, (G, d, d). That of the mean is (G, d), or None for 0.
+    """
     if saved.shift is None:
-        return BatchGradients(mean=None, covariance=d_covariance)
+        return d_covariance, None
     d_covariance = d_covariance * saved.position_share
     d_mean = 2 * matmul(d_covariance, saved.shift[..., None])[..., 0]
-    return BatchGradients(mean=d_mean, covariance=d_covariance)
+    return d_covariance, d_mean
 
 
 class Scale(NamedTuple):

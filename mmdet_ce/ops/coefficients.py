@@ -203,11 +203,11 @@ def _statistics_backward(
     d_whitening = matmul(mixture.decorrelation, saved.affine.mT)
     d_whitening, d_log_inverse_scale = summed(settings.process_group, d_whitening, mixture.log_inverse_scale)
     d_covariance = whiten_backward(d_whitening, settings.num_iterations, saved)
-    batch = merged_backward(d_covariance, saved)
+    d_covariance, d_mean = merged_backward(d_covariance, saved)
     return _StatisticsGradients(
         variance=batch_scale_backward(d_variance, d_log_inverse_scale, saved),
-        covariance=batch.covariance,
-        mean=batch.mean,
+        covariance=d_covariance,
+        mean=d_mean,
     )
 
 
