@@ -4,7 +4,7 @@ The map h, (N, C, H, W), is contiguous or channels_last. ``group`` prepares it a
 positions: its B channel groups, or all channels as one block where a 1x1 convolution is passed through. Four passes
 then read or write it:
 
-    moments           m, S / (L - 1), S = (h - m)(h - m)^T                     one reduction, by sample and block
+    moments           m, S / (L - 1), S = (h - m)(h - m)^T                  one reduction, by sample and block
     apply             y = relu(F h + c + shortcut)                          one product
     reduce_backward   dF = dy h^T, dc = sum(dy)                             one reduction
     apply_backward    dh = F^T dy + K (h - m) + k                           two products; one where K is diagonal
@@ -38,6 +38,11 @@ class GroupedMap(NamedTuple):
     is_centered: bool  # whether the values are h - m
     channels_last: bool  # then the values are the transpose of a contiguous (N B, L, J)
     scratch: Optional[Tensor]  # of the shape of the values: h - m, and afterwards y
+
+    @property
+    def mean_columns(self) -> Tensor:
+        """The means beside the values, (N B, J, 1)."""
+        return self.means.flatten(0, 1)[..., None]
 
 
 def matrices(x: Tensor, block_size: int, channels_last: bool) -> Tensor:
@@ -105,10 +110,9 @@ def moments(h: GroupedMap, with_covariance: bool) -> Moments:
     """
     length = h.values.shape[2]
     factor = 1 / (length - 1 + 1 // length)  # 1 for a 1x1 map, whose variance is 0; max() would choose in a trace
-    flat_means = h.means.flatten(0, 1)[..., None]  # (N B, J, 1)
-    centered = h.values if h.is_centered else torch.sub(h.values, flat_means, out=h.scratch)
+    centered = h.values if h.is_centered else torch.sub(h.values, h.mean_columns, out=h.scratch)
     if with_covariance:
-        covariances = _covariances(centered, flat_means, factor)
+        covariances = _covariances(centered, h.mean_columns, factor)
     elif h.channels_last:  # torch is slow at a norm over positions that are not side by side
         covariances = centered.square().sum(2, dtype=h.means.dtype) * factor
     else:
@@ -126,7 +130,7 @@ def apply(h: GroupedMap, x: Tensor, matrix: Tensor, shortcut: Optional[Tensor] =
     added = matrix[..., -1:]
     out = h.scratch
     if h.is_centered:
-        added = torch.baddbmm(added, factor, h.means.flatten(0, 1)[..., None])
+        added = torch.baddbmm(added, factor, h.mean_columns)
     factor = factor.to(h.values.dtype)
     if shortcut is None:
         added = added.to(h.values.dtype)
@@ -153,7 +157,7 @@ def reduce_backward(
     d_constant = dy.sum(2, keepdim=True, dtype=h.means.dtype)
     d_factor = _sums_of_products(dy, h.values).to(h.means.dtype)
     if h.is_centered:
-        d_factor = torch.baddbmm(d_factor, d_constant, h.means.flatten(0, 1)[:, None])
+        d_factor = torch.baddbmm(d_factor, d_constant, h.mean_columns.mT)
     return torch.cat([d_factor, d_constant], 2), dy_map, dy
 
 
@@ -169,7 +173,7 @@ def apply_backward(
     is_diagonal = k_matrix.dim() == 2
     k_matrix = k_matrix[..., None] if is_diagonal else k_matrix
     if not h.is_centered:
-        means = h.means.flatten(0, 1)[..., None]
+        means = h.mean_columns
         if is_diagonal:
             added = -k_matrix * means if added is None else torch.addcmul(added, k_matrix, means, value=-1)
         elif added is None:
