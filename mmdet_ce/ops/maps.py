@@ -15,6 +15,7 @@ numbers cancel after they were rounded to 16 bits.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, Optional
 
 import torch
@@ -23,6 +24,10 @@ from torch import Tensor
 from .. import compat
 from . import precision
 from .records import Moments
+
+# A GPU multiplies each small matrix in one thread block, so a few long ones are cut into about so many parts. By the
+# model of docs/benchmarks.md; not run on a GPU.
+PARTS = 32
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -91,7 +96,7 @@ def group(
     if means is None:
         means = values.mean(2, dtype=dtype).view(x.shape[0], x.shape[1] // block_size, block_size)
     if is_centered:
-        values = _add(values, -means.flatten(0, 1)[..., None], channels_last, values.dtype)
+        values = _add(values, means.flatten(0, 1)[..., None], channels_last, values.dtype, sign=-1)
     # torch.compile takes no buffer that is transposed
     has_scratch = with_scratch and not (channels_last or is_centered)
     return GroupedMap(
@@ -192,13 +197,18 @@ def apply_backward(
 
 
 def _add(
-    values: Tensor, constants: Tensor, channels_last: bool, dtype: torch.dtype, out: Optional[Tensor] = None
+    values: Tensor,
+    constants: Tensor,
+    channels_last: bool,
+    dtype: torch.dtype,
+    out: Optional[Tensor] = None,
+    sign: int = 1,
 ) -> Tensor:
-    """Return values + constants, (N B, R, L), in a dtype, to which the sum is rounded within the operation."""
+    """Return values +- constants, (N B, R, L), in a dtype, to which the sum is rounded within the operation."""
     if channels_last:  # torch.compile takes no result that is transposed
-        return _add(values.mT, constants.mT, False, dtype).mT
+        return _add(values.mT, constants.mT, False, dtype, sign=sign).mT
     out = values.new_empty(values.shape, dtype=dtype) if out is None else out
-    return torch.add(values, constants, out=out)
+    return torch.add(values, constants, alpha=sign, out=out)
 
 
 def _multiply(
@@ -222,10 +232,15 @@ def _covariances(centered: Tensor, means: Tensor, factor: float) -> Tensor:
     if centered.element_size() > 2:
         # With beta = 0 it does not matter what is added, and the factor costs no operation
         return torch.baddbmm(means, centered, centered.mT, beta=0, alpha=factor)
+    # Cut along the positions into equal parts
+    num_parts = math.gcd(centered.shape[2], max(PARTS // max(len(centered), 1), 1))
+    parts = centered.unflatten(2, (num_parts, -1)).transpose(1, 2).flatten(0, 1)
     if _sums_in_float32(centered):
-        return torch.bmm(centered, centered.mT, out_dtype=torch.float32) * factor
-    centered = centered.float()
-    return torch.bmm(centered, centered.mT) * factor
+        products = torch.bmm(parts, parts.mT, out_dtype=torch.float32)
+    else:
+        parts = parts.float()
+        products = torch.bmm(parts, parts.mT)
+    return products.unflatten(0, (-1, num_parts)).sum(1) * factor
 
 
 def _sums_of_products(left: Tensor, right: Tensor) -> Tensor:

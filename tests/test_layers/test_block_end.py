@@ -303,7 +303,6 @@ def test_autocast(dtype, path):
 def as_on_cuda(monkeypatch):
     """Leave 16-bit maps as they are, as on a GPU whose torch sums their products in float32."""
     monkeypatch.setattr(precision, 'stays_16_bit', lambda x: x.element_size() == 2)
-    monkeypatch.setattr(maps, '_covariances', lambda c, means, factor: c.float() @ c.float().mT * factor)
     monkeypatch.setattr(maps, '_sums_of_products', lambda left, right: left.float() @ right.float().mT)
 
 
