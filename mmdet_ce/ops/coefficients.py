@@ -8,6 +8,7 @@ x = a z + b = V h + b. Each stage has its forward and its backward function side
 
 from __future__ import annotations
 
+from functools import reduce
 from types import ModuleType
 from typing import NamedTuple, Optional
 
@@ -174,15 +175,15 @@ def _through_moments(
     d_covariances: Tensor, through_batch: list[ProjectedGradients], length: int, saved: Saved
 ) -> tuple[Tensor, Optional[Tensor]]:
     """Return K, and k or None for 0, from what comes through the covariances of the samples and through the batch."""
-    num_positions = max(len(saved.means) * length, 1)
     k_matrix = d_covariances * (2 / (length - 1) if length > 1 else 0.0)  # one position has no variance
-    k_vector = None
+    if not through_batch:
+        return k_matrix, None
+    num_positions = max(saved.means.shape[0] * length, 1)
+    d_covariance = reduce(torch.add, (through.covariances for through in through_batch))
+    k_matrix = torch.add(k_matrix, d_covariance, alpha=2 / num_positions)
+    moments_of = _moments_of(saved.means, saved.projected)
+    k_vector = moments_of.at_means(d_covariance, saved.batch_shifts, 2 / num_positions)
     for through in through_batch:
-        k_matrix = torch.add(k_matrix, through.covariances, alpha=2 / num_positions)
-        at_means = _moments_of(saved.means, saved.projected).at_means(
-            through.covariances, saved.batch_shifts, 2 / num_positions
-        )
-        k_vector = at_means if k_vector is None else k_vector + at_means
         if through.mean is not None:
             k_vector = torch.add(k_vector, through.mean, alpha=1 / num_positions)
     return k_matrix, k_vector
