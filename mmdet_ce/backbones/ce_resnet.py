@@ -104,8 +104,8 @@ class CEResNet(CEBackbone, ResNet):
             batch's and updates the stored ones. ``None``: as ``norm_eval`` says. Frozen stages stay in evaluation.
         zero_init_residual: Whether to zero the last norm of each block where weights are initialized at random. None
             zeroes it where no CE follows it, as the released network has it: CE is invariant to its input's scale
-            in one branch, so a small gamma before it does not make a small residual. With ``ce_cfg=None`` it
-            means what it means to mmdet, and None is mmdet's default.
+            in one branch, so a small gamma before it does not make a small residual. If ``ce_cfg`` is None, it
+            behaves as in mmdet's ResNet, and None is mmdet's default.
         **kwargs: See mmdet's ResNet.
 
     Raises:
