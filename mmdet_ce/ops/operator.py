@@ -136,7 +136,7 @@ def _forward(
     )
     needs_covariance = settings.trains or parameters.conv_weight is not None
     c = coefficients(maps.moments(h, needs_covariance), x.shape[2] * x.shape[3], parameters, settings)
-    return maps.apply(h, x, _by_block(c.matrix, h), shortcut, relu), c
+    return maps.apply(h, x, _for_map(c.matrix, h), shortcut, relu), c
 
 
 def _block_size(x: Tensor, settings: Settings, parameters: Parameters) -> int:
@@ -144,7 +144,7 @@ def _block_size(x: Tensor, settings: Settings, parameters: Parameters) -> int:
     return settings.group_size if parameters.conv_weight is None else x.shape[1]
 
 
-def _by_block(matrix: Tensor, h: maps.GroupedMap) -> Tensor:
+def _for_map(matrix: Tensor, h: maps.GroupedMap) -> Tensor:
     """Return (N, G, d, J + 1) as (N B, R, J + 1): the rows that belong to each block of h."""
     num_rows = matrix.shape[1] * matrix.shape[2] // h.means.shape[1]
     return matrix.reshape(h.values.shape[0], num_rows, matrix.shape[3])
@@ -191,7 +191,7 @@ class _ChannelEquilibrium(torch.autograd.Function):
         with compat.without_autocast(x.device.type):
             block_size = _block_size(x, settings, parameters)
             h = maps.group(x, block_size, settings.dtype, ctx.channels_last, means=saved.means)
-            matrix = _by_block(saved.matrix, h)
+            matrix = _for_map(saved.matrix, h)
             d_matrix, d_shortcut, dy = maps.reduce_backward(grad, h, matrix.shape[1], out)
             gradients = coefficients_backward(d_matrix.view_as(saved.matrix), length, saved, parameters, settings)
             d_x = None
