@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .precision import add_matmul, matmul
@@ -69,7 +70,8 @@ def inverse_sqrt_newton_derivative(normalized: Tensor, direction: Tensor, num_it
     E is a direction, or the gradient with respect to P_T, of which the symmetric part counts. All are (G, d, d).
     """
     d = normalized.shape[-1]
-    block = normalized.repeat(1, 2, 2)
-    block[:, d:, :d] = 0
-    block[:, :d, d:] = torch.lerp(direction, direction.mT, 0.5)
+    symmetric = torch.lerp(direction, direction.mT, 0.5)
+    upper = torch.cat([normalized, symmetric], 2)
+    lower = F.pad(normalized, (d, 0))
+    block = torch.cat([upper, lower], 1)
     return inverse_sqrt_newton(block, num_iterations)[:, :d, d:]
