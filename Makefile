@@ -34,9 +34,14 @@ demo: setup
 	@echo "The plain network: 0.430 and 0.455 from MMDetection's start, 0.589 and 0.599 with zero_init_residual=False."
 	@echo "Each validation image with its labels and its detections: $$(ls -d work_dirs/demo/*/detections)"
 
-test: setup $(if $(filter newest,$(VERSIONS)),lint)
-	@$(VENV)/bin/python tools/setup_env.py $(VERSIONS) --imagenet
+test: setup $(VENV)/imagenet/.ready $(if $(filter newest,$(VERSIONS)),lint)
 	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
+
+# What the ImageNet tests need, apart from the environment.
+$(VENV)/imagenet/.ready: requirements-imagenet.txt | setup
+	rm -rf $(@D)
+	$(VENV)/bin/python -m pip install --quiet --no-deps --target $(@D) -r $<
+	touch $@
 
 # The same suite with what most users of MMDetection have, at the oldest that is supported.
 test-common:

@@ -22,7 +22,7 @@ from mmdet_ce.backbones.ce_backbone import CEBackbone
 CE_TYPES = ('CEMobileNetV2', 'CEResNeXt', 'CEResNet', 'CEResNetV1d', 'ChannelEquilibrium')
 # Arguments that need mmdet's scope or a process group, or load weights. They do not change which CE is in evaluation.
 NOT_BUILT = ('norm_cfg', 'conv_cfg', 'act_cfg', 'plugins', 'dcn', 'init_cfg', 'pretrained')
-PLAIN_WEIGHTS = ('torchvision://', 'open-mmlab://')
+PLAIN_WEIGHTS = ('torchvision://', 'https://download.pytorch.org/', 'open-mmlab://')
 # The parts of a config that MMEngine and mmdet's tools read
 READ = {
     *inspect.signature(Runner.__init__).parameters,
@@ -97,7 +97,7 @@ def _weight_problems(cfg: Config, trains: bool) -> Iterator[str]:
     for place, part in _model_parts(cfg):
         path = str(part.get('checkpoint') or '') if trains else ''
         if path.startswith('torchvision://') and not find_spec('torchvision'):
-            yield f'{path} needs torchvision: pip install torchvision torch=={torch.__version__}'
+            yield f'{path} needs torchvision. Install it, or name an address as configs/custom does: {place}.checkpoint'
         elif path and is_missing(path):
             yield f'pretrained weights {path} not found; docs/weights.md names some; {place}=None takes none'
 

@@ -161,39 +161,13 @@ def build_mmcv(env: Environment, folder: Path, built_for: str) -> Path:
     return wheel
 
 
-def check_torchvision(env: Environment) -> None:
-    """Remove torchvision where it does not load, as PyPI's beside a CPU build of torch: mmengine would stop there."""
-    command = [str(env.interpreter), '-W', 'ignore', '-c', 'import torchvision']
-    if subprocess.run(command, stderr=subprocess.DEVNULL).returncode:
-        what = 'torchvision does not load beside this torch and is removed; torchvision:// weights need it'
-        pip(env, what, 'uninstall', '--yes', 'torchvision')
-
-
-def install_imagenet(env: Environment) -> None:
-    """Put the pins of requirements-imagenet.txt into the folder imagenet of the environment, once."""
-    requirements = ROOT / 'requirements-imagenet.txt'
-    folder = env.venv / 'imagenet'
-    pins = requirements.read_text()
-    stamp = folder / '.pins'
-    if stamp.is_file() and stamp.read_text() == pins:
-        return
-    shutil.rmtree(folder, ignore_errors=True)
-    what = f'what the ImageNet tests need, into {folder}'
-    pip(env, what, 'install', '--no-deps', '--target', str(folder), '-r', str(requirements))
-    stamp.write_text(pins)
-
-
 def main() -> None:
     """Set up, or find that nothing is to do."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('environment', nargs='?', choices=[*ENVIRONMENTS], default='newest', help='(default: newest)')
-    parser.add_argument('--imagenet', action='store_true', help='with what the ImageNet tests need')
-    args = parser.parse_args()
-    env = ENVIRONMENTS[args.environment]
+    env = ENVIRONMENTS[parser.parse_args().environment]
     if not (env.stamp.is_file() and env.stamp.read_text() == fingerprint(env)):
         set_up(env)
-    if args.imagenet:
-        install_imagenet(env)
 
 
 def set_up(env: Environment) -> None:
@@ -206,7 +180,6 @@ def set_up(env: Environment) -> None:
     pip(env, '2/4 mmcv', 'install', '--no-deps', str(mmcv_wheel(env)))
     # --no-deps: the requirements are the whole list, with opencv-python-headless, which needs no libGL on the machine.
     pip(env, '3/4 mmengine, mmdet and the rest', 'install', '--no-deps', '-r', str(env.requirements))
-    check_torchvision(env)
     pip(env, '4/4 mmdet_ce, editable', 'install', '--no-deps', '--no-build-isolation', '-e', str(ROOT))
     command = [str(env.interpreter), '-W', 'ignore', '-c', CHECK_CODE]
     check = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
