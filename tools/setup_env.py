@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,18 +88,11 @@ def fingerprint(env: Environment) -> str:
 
 
 def pip(env: Environment, what: str, *args: str, **variables: str) -> None:
-    """Run the environment's pip as one step of the set-up; its output goes into a log."""
-    start = time.monotonic()
-    log = env.venv / 'setup.log'
-    command = [str(env.interpreter), '-m', 'pip', '--disable-pip-version-check', *args]
-    print(f'setup: {what} ...', end='', flush=True)
-    with open(log, 'a') as output:
-        options = dict(cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **variables})
-        status = subprocess.run(command, **options).returncode
-    print(f' {time.monotonic() - start:.0f} s', flush=True)
-    if status:
-        print(*log.read_text().splitlines()[-30:], sep='\n')
-        fail(f'pip failed: {" ".join(command)}; the end of its output is above, all of it in {log}')
+    """Run the environment's pip as one step of the set-up; it prints what fails."""
+    print(f'setup: {what}', flush=True)
+    command = [str(env.interpreter), '-m', 'pip', '--disable-pip-version-check', '--quiet', *args]
+    if subprocess.run(command, cwd=ROOT, env={**os.environ, **variables}).returncode:
+        fail(f'pip failed: {" ".join(command)}')
 
 
 def operators(cuda: str, gpu: str) -> str:
@@ -153,7 +145,7 @@ def build_mmcv(env: Environment, folder: Path, built_for: str) -> Path:
     )
     if built_for == 'cpu':
         variables['CUDA_VISIBLE_DEVICES'] = ''  # mmcv builds for every GPU that it sees
-    arguments = ('-v', '--no-deps', '--no-build-isolation', '--no-binary', 'mmcv', '--no-cache-dir', '-w', str(scratch))
+    arguments = ('--no-deps', '--no-build-isolation', '--no-binary', 'mmcv', '--no-cache-dir', '-w', str(scratch))
     pip(env, 'compiling mmcv with its operators, 2 to 4 minutes', 'wheel', *arguments, env.pinned('mmcv'), **variables)
     (built,) = scratch.glob('mmcv-*.whl')
     wheel = built.rename(folder / built.name)
@@ -172,7 +164,6 @@ def main() -> None:
 
 def set_up(env: Environment) -> None:
     """Create the environment and install everything into it."""
-    start = time.monotonic()
     check_machine(env)
     subprocess.run([sys.executable, '-m', 'venv', str(env.venv)], check=True)  # keeps what is there
     first = map(env.pinned, ('torch', 'setuptools', 'wheel', 'ninja', 'psutil'))
@@ -186,7 +177,7 @@ def set_up(env: Environment) -> None:
     if check.returncode:
         fail(f'the installed stack does not work:\n{check.stderr}')
     env.stamp.write_text(fingerprint(env))
-    print(f'setup: ready in {(time.monotonic() - start) / 60:.1f} min: {check.stdout.strip()}')
+    print(f'setup: ready: {check.stdout.strip()}')
 
 
 if __name__ == '__main__':

@@ -9,7 +9,7 @@ import json
 import re
 import sys
 
-from command_line import CONFIGS, exit_on_problems
+from command_line import exit_on_problems
 
 import annotation_checks
 import pytest
@@ -22,6 +22,7 @@ from mmengine.config import Config
 from utils import call
 
 from mmdet_ce import CEResNet
+from mmdet_ce.__main__ import CONFIGS
 
 pytestmark = pytest.mark.filterwarnings('error:a check before the start failed')
 BOX = dict(image_id=1, category_id=1, bbox=[5, 5, 40, 40], area=1600, iscrowd=0, segmentation=[[5, 5, 45, 5, 45, 45]])

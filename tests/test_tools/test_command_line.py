@@ -66,14 +66,14 @@ def test_code_in_weights_of_torchs_cache_does_not_run(tmp_path):
 def test_a_config_is_a_path_or_a_listed_name(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert read_config(name).model.backbone.type == 'CEResNet'
-    assert call(lambda: read_config(f'{name}.py')).startswith(f'error: config {name}.py not found')
+    assert call(lambda: read_config(f'{name}.py')).startswith(f'error: config {name}.py: ')
     assert call(lambda: read_config(name, dict(max_epochs=1))).endswith('use train_cfg.max_epochs=1')
 
 
 def test_read_config_merges_options(tmp_path):
     path = tmp_path / 'config.py'
     path.write_text('model = dict(depth=18)')
-    assert read_config(path, {'model.depth': 50}).model.depth == 50
+    assert read_config(str(path), {'model.depth': 50}).model.depth == 50
 
 
 def test_problems_are_a_line_each():

@@ -23,9 +23,7 @@ def convert(source: Path, destination: Path, depth: int = 50) -> int:
     """Convert ``source`` and return the number of tensors written."""
     converted = convert_official_state_dict(torch.load(source, map_location='cpu', weights_only=True))
     backbone = CEResNet(depth=depth)
-    # PyTorch before 0.4.1, which the authors may have used, kept no such counter; no output depends on it.
-    counters = {key: t for key, t in backbone.state_dict().items() if key.endswith('num_batches_tracked')}
-    backbone.load_state_dict({**counters, **converted})
+    backbone.load_state_dict(converted)
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
     meta = dict(source=source.name, source_sha256=digest, converter=f'mmdet_ce {__version__}')
     write_checkpoint(dict(state_dict=backbone.state_dict(), meta=meta), destination)  # ours: with T in its metadata
