@@ -17,9 +17,11 @@ endif
 .PHONY: setup demo test test-common gpu lint pins clean
 
 setup:
-	@command -v $(PYTHON) > /dev/null || { echo "setup: error: Python $(PYTHON_VERSION) is needed and '$(PYTHON)' was" \
-	  "not found; install it or name it: make PYTHON=/path/to/python$(PYTHON_VERSION) $(MAKECMDGOALS)"; exit 1; }
-	@$(PYTHON) tools/setup_env.py $(VERSIONS)
+	@$(PYTHON) --version 2>&1 | grep -q '^Python $(PYTHON_VERSION)[.]' || { \
+	  echo "setup: error: Python $(PYTHON_VERSION) is needed, and '$(PYTHON)' is none;" \
+	    "install it or name it: make PYTHON=/path/to/python$(PYTHON_VERSION) $(MAKECMDGOALS)"; exit 1; }
+	@test -f $(VENV)/.mmdet_ce_ready || $(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -W ignore tools/setup_env.py requirements$(VENV:.venv%=%).txt
 
 # Train a small CE detector on a generated data set, test it, draw what it finds. The plain network's figures are means
 # of seeds 0, 1, 2 (docs/does_it_help.md).

@@ -23,7 +23,7 @@ import command_line  # noqa: F401  (sets variables of OpenMP's)
 
 import benchmark_steps
 import torch
-from benchmark_steps import HEADER, Step, attempt, compare, failures
+from benchmark_steps import HEADER, Step, attempt, compare
 from compare import processor
 from mmdet.models import ResNet
 from torch import Tensor, nn
@@ -158,8 +158,8 @@ def main() -> None:
     for what, dtype, mode in product(args.what, args.dtype, args.mode):
         attempt(f'{what}, {mode}, {dtype}', measure, what, mode, dtype, args)
         gc.collect()
-    if failures:
-        sys.exit(f'error: {len(failures)} measurements failed; each is named above')
+    if benchmark_steps.failures:
+        sys.exit(f'error: {len(benchmark_steps.failures)} measurements failed; each is named above')
 
 
 if __name__ == '__main__':

@@ -131,11 +131,9 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
 
 
 def describe_environment(log: Path) -> str:
-    """Return commit, versions and hardware: the GPUs that a training's log names, else this machine's processor."""
-    described = ['git', '-C', str(TOOLS), 'describe', '--always', '--dirty']
-    commit = subprocess.run(described, capture_output=True, text=True).stdout.strip() or 'unknown'
+    """Return versions and hardware: the GPUs that a training's log names, else this machine's processor."""
     hardware = sorted(set(re.findall(r'^ +(GPU [\d,]+: .+)$', log.read_text(errors='replace'), flags=re.M)))
-    return f'commit {commit}; {describe_versions()}; {", ".join(hardware) or processor()}, {os.cpu_count()} cores'
+    return f'{describe_versions()}; {", ".join(hardware) or processor()}, {os.cpu_count()} cores'
 
 
 def processor() -> str:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from mmdet.registry import MODELS
 from mmengine.config import Config, DictAction
+from mmengine.device import get_device
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner, load_checkpoint
 
@@ -45,7 +46,7 @@ def measure(cfg: Config, checkpoint: str, args: argparse.Namespace) -> dict[str,
     init_default_scope(cfg.get('default_scope') or 'mmdet')
     model = MODELS.build(cfg.model)
     load_checkpoint(model, checkpoint, map_location='cpu', strict=True)
-    model.to(args.device).eval()
+    model.to(get_device()).eval()
     cfg.test_dataloader.batch_size = 1  # no image is padded to the size of another
     with torch.no_grad(), watch_channels(model) as layers:
         for batch in islice(Runner.build_dataloader(cfg.test_dataloader), args.num_images):
@@ -80,7 +81,6 @@ def main() -> None:
     parser.add_argument('--model', nargs=3, action='append', required=True, metavar=('NAME', 'CONFIG', 'CHECKPOINT'))
     parser.add_argument('--num-images', type=int, default=100, help='(default: %(default)s)')
     parser.add_argument('--out', type=Path, default=Path('work_dirs/channels.json'), help='(default: %(default)s)')
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='of every config')
     args = parser.parse_args()
     models = {
