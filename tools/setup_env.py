@@ -52,7 +52,7 @@ def fingerprint(requirements: Path) -> str:
 def pip(what: str, *args: str, **variables: str) -> None:
     """Run pip as one step of the set-up; it prints what fails."""
     print(f'setup: {what}', flush=True)
-    command = [sys.executable, '-m', 'pip', '--disable-pip-version-check', '--quiet', *args]
+    command = [sys.executable, '-m', 'pip', '--disable-pip-version-check', '-qq', *args]
     if subprocess.run(command, cwd=ROOT, env={**os.environ, **variables}).returncode:
         fail(f'pip failed: {" ".join(command)}')
 

@@ -20,14 +20,6 @@ from utils import call, wait_until
 PLAIN = ROOT / 'configs' / 'demo' / 'mask-rcnn_r18_fpn_8e_shapes.py'
 
 
-def test_configs_are_found_by_path_and_by_name():
-    by_name = compare.load('mask-rcnn_r18_fpn_8e_shapes', ['model.backbone.depth=34'])
-    assert by_name.model.backbone.depth == 34
-    assert compare.load(str(PLAIN), ['model.backbone.depth=34']).pretty_text == by_name.pretty_text
-    plain = compare.load('mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py', ['randomness.seed=1'])
-    assert plain.model.backbone.type == 'ResNet' and plain.randomness.seed == 1
-
-
 def test_the_command_line_and_all_inputs_are_checked_before_the_first_training(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert call(compare.main) == 2 and call(compare.main, PLAIN, PLAIN) == 2 and call(compare.main, '--run', 'a') == 2
