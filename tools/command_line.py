@@ -37,7 +37,7 @@ def exit_on_problems(problems: list[str]) -> None:
 def config_path(config: str) -> Path:
     """Return the path of a config: a file, or a name that ``python -m mmdet_ce configs`` lists."""
     paths = [Path(config), *find_configs(config)]
-    return next((path for path in paths if path.is_file()), paths[0])
+    return next(filter(os.path.isfile, paths), paths[0])  # no error for an option's long text
 
 
 def read_config(config: str, options: dict[str, Any] | None = None) -> Config:

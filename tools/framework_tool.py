@@ -11,7 +11,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from command_line import config_path, exit_on_problems, merge_options, read_config
+from command_line import config_path, exit_on_problems, merge_options
 
 from checks import find_problems
 from mmengine.config import Config
@@ -31,7 +31,8 @@ def run(name: str) -> None:
     tool = folder / '.mim' / 'tools' / name  # in its wheel, else in the clone that it was installed from
     tool = runpy.run_path(str(tool if tool.is_file() else folder.parent / 'tools' / name))
     args = tool['parse_args']()
-    cfg = cfg or read_config(args.config)  # which exits: there is no such file
+    if cfg is None:
+        exit_on_problems([f'config {args.config} not found; python -m mmdet_ce configs lists the shipped ones'])
     args.config = cfg.filename
     tool['main'].__globals__['parse_args'] = lambda: args  # it has read the command line; the config may be a name
     # torch's launcher and Slurm set these. If rank 0 exits, the launcher ends the other processes.
@@ -55,7 +56,7 @@ def run(name: str) -> None:
 def find_config(words: list[str]) -> Config | None:
     """Return the config among the words of a command line; it says which framework's tool is asked for."""
     for path in map(config_path, words):
-        if path.suffix in ('.py', '.json', '.yaml', '.yml') and path.is_file():
+        if path.suffix in ('.py', '.json', '.yaml', '.yml') and os.path.isfile(path):
             return Config.fromfile(path)
     return None
 
