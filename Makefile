@@ -17,9 +17,11 @@ endif
 .PHONY: setup demo test test-common gpu lint pins clean
 
 setup:
-	@command -v $(PYTHON) > /dev/null || { echo "setup: error: Python $(PYTHON_VERSION) is needed and '$(PYTHON)' was" \
-	  "not found; install it or name it: make PYTHON=/path/to/python$(PYTHON_VERSION) $(MAKECMDGOALS)"; exit 1; }
-	@$(PYTHON) tools/setup_env.py $(VERSIONS)
+	@$(PYTHON) --version 2>&1 | grep -q '^Python $(PYTHON_VERSION)[.]' || { \
+	  echo "setup: error: Python $(PYTHON_VERSION) is needed, and '$(PYTHON)' is none;" \
+	    "install it or name it: make PYTHON=/path/to/python$(PYTHON_VERSION) $(MAKECMDGOALS)"; exit 1; }
+	@test -f $(VENV)/.mmdet_ce_ready || $(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -W ignore tools/setup_env.py requirements$(VENV:.venv%=%).txt
 
 # Train a small CE detector on a generated data set, test it, draw what it finds. The plain network's figures are means
 # of seeds 0, 1, 2 (docs/does_it_help.md).
@@ -34,9 +36,14 @@ demo: setup
 	@echo "The plain network: 0.430 and 0.455 from MMDetection's start, 0.589 and 0.599 with zero_init_residual=False."
 	@echo "Each validation image with its labels and its detections: $$(ls -d work_dirs/demo/*/detections)"
 
-test: setup $(if $(filter newest,$(VERSIONS)),lint)
-	@$(VENV)/bin/python tools/setup_env.py $(VERSIONS) --imagenet
+test: setup $(VENV)/imagenet/.ready $(if $(filter newest,$(VERSIONS)),lint)
 	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
+
+# What the ImageNet tests need, apart from the environment.
+$(VENV)/imagenet/.ready: requirements-imagenet.txt | setup
+	rm -rf $(@D)
+	$(VENV)/bin/python -m pip install --quiet --no-deps --target $(@D) -r $<
+	touch $@
 
 # The same suite with what most users of MMDetection have, at the oldest that is supported.
 test-common:

@@ -23,6 +23,11 @@ def config_names() -> list[str]:
     return sorted(f'{path.parent.name}/{path.stem}' for path in CONFIGS.glob('*/*.py'))
 
 
+def find_configs(name: str) -> list[Path]:
+    """Return the shipped configs of a name, NAME or FOLDER/NAME."""
+    return [path for path in CONFIGS.glob('*/*.py') if name in (path.stem, f'{path.parent.name}/{path.stem}')]
+
+
 def copy_config(name: str, folder: Path) -> list[Path]:
     """Copy a config, and the shipped ones that it inherits from, into ``folder``; return the files, the config first.
 
@@ -32,7 +37,7 @@ def copy_config(name: str, folder: Path) -> list[Path]:
         FileNotFoundError: If there is no such config.
         FileExistsError: If a file of that name is in ``folder`` already; nothing is copied then.
     """
-    sources = [path for path in CONFIGS.glob('*/*.py') if name in (path.stem, f'{path.parent.name}/{path.stem}')]
+    sources = find_configs(name)
     if not sources:
         raise FileNotFoundError(f'no config named {name}; python -m mmdet_ce configs lists them')
     texts = {}  # by the path of the copy

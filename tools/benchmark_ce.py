@@ -21,8 +21,9 @@ from itertools import product
 
 import command_line  # noqa: F401  (sets variables of OpenMP's)
 
-import benchmark_steps as steps
+import benchmark_steps
 import torch
+from benchmark_steps import HEADER, Step, attempt, compare
 from compare import processor
 from mmdet.models import ResNet
 from torch import Tensor, nn
@@ -57,66 +58,63 @@ class BlockEnd(nn.Module):
 
 
 def prepare(
-    plain: nn.Module, ce: nn.Module, inputs: list[Tensor], args: argparse.Namespace
-) -> tuple[dict[str, nn.Module], list[Tensor]]:
-    """Give both models the same weights, and CE statistics; move all to the device and the memory format."""
+    plain: nn.Module, ce: nn.Module, inputs: list[Tensor], mode: str, dtype: str, args: argparse.Namespace
+) -> dict[str, Step]:
+    """Return a step of each model, with the same weights and inputs, on the device; give CE statistics."""
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     inputs = [tensor.to(device=args.device, memory_format=memory_format) for tensor in inputs]
     ce.load_state_dict(plain.state_dict(), strict=False)
-    for module in (plain, ce):
-        module.to(device=args.device, memory_format=memory_format)
-        module.eval()  # mmdet's returns nothing
+    for model in (plain, ce):
+        model.to(device=args.device, memory_format=memory_format)
+        model.eval()  # mmdet's returns nothing
     for module in ce.modules():
         module.train(isinstance(module, ChannelEquilibrium))
     with torch.no_grad():
         ce(*inputs)
-    return {'plain': plain, 'CE': ce}, inputs
+    return {name: Step(model, inputs, mode == 'inference', dtype) for name, model in (('plain', plain), ('CE', ce))}
 
 
-def backbones(mode: str, args: argparse.Namespace) -> tuple[dict[str, nn.Module], list[Tensor]]:
-    """Return the plain backbone and CE's in a mode, and images for both."""
+def backbones(mode: str, dtype: str, args: argparse.Namespace) -> dict[str, Step]:
+    """Return a step of the plain backbone and one of CE's in a mode."""
     kwargs = {**NETWORKS[args.network], **MODES[mode]}
     ce = CEResNet(ce_eval=False if mode == 'ce-training' else None, **kwargs)
-    models, images = prepare(ResNet(**kwargs), ce, [torch.randn(args.batch, 3, *args.size)], args)
-    for model in models.values():
-        model.train(mode != 'inference')
-    return models, images
+    steps = prepare(ResNet(**kwargs), ce, [torch.randn(args.batch, 3, *args.size)], mode, dtype, args)
+    for step in steps.values():
+        step.model.train(mode != 'inference')
+    return steps
 
 
-def block_ends(
-    mode: str, width: int, size: list[int], args: argparse.Namespace
-) -> tuple[dict[str, nn.Module], list[Tensor]]:
-    """Return the end of a block without CE and with it in a mode, and maps (H, W) for both."""
+def block_ends(mode: str, dtype: str, width: int, size: list[int], args: argparse.Namespace) -> dict[str, Step]:
+    """Return a step of the end of a block without CE and one with it in a mode, on maps (H, W)."""
     inputs = [torch.randn(args.batch, channels, *size) for channels in (width, 4 * width)]
-    models, inputs = prepare(BlockEnd(width, False), BlockEnd(width, True), inputs, args)
-    for model in models.values():
-        model.norm.train(mode == 'norms-training')
-    models['CE'].ce.train(mode in ('ce-training', 'norms-training'))
-    for tensor in inputs:
-        tensor.requires_grad_(mode != 'inference')
-    return models, inputs
+    steps = prepare(BlockEnd(width, False), BlockEnd(width, True), inputs, mode, dtype, args)
+    for step in steps.values():
+        step.model.norm.train(mode == 'norms-training')
+        for tensor in step.inputs:
+            tensor.requires_grad_(mode != 'inference')
+    steps['CE'].model.ce.train(mode in ('ce-training', 'norms-training'))
+    return steps
 
 
 def measure(what: str, mode: str, dtype: str, args: argparse.Namespace) -> None:
     """Print the rows of one measurement in one mode."""
-    inference = mode == 'inference'
     title = f'{what}, {mode}, {dtype}'
     kinds = ['eager']
     if what == 'backbone':
         if args.compiled:
-            kinds += ['compiled', 'CUDA graph'] if inference and args.device == 'cuda' else ['compiled']
-        steps.compare(f'{args.network} {title}', *backbones(mode, args), inference, dtype, args.rounds, kinds)
+            kinds.append('compiled')
+        if args.compiled and args.device == 'cuda' and mode == 'inference':
+            kinds.append('CUDA graph')
+        compare(f'{args.network} {title}', backbones(mode, dtype, args), args.rounds, kinds)
     elif what == 'profile':
-        models, images = backbones(mode, args)
-        table = steps.profile(steps.Step(models['CE'], images, inference, dtype))
-        print(f'\n{title}\n\n```\n{table}\n```\n\n{steps.HEADER}')
+        table = benchmark_steps.profile(backbones(mode, dtype, args)['CE'])
+        print(f'\n{title}\n\n```\n{table}\n```\n\n{HEADER}')
     else:
         stages = [(width, [-(-side * 16 // width) for side in args.size]) for width in (64, 128, 256)]
         tiny = [(8, [4, 4]), (8, [16, 16])]  # the second is long enough for its width to go through the convolution
         for width, size in stages if what == 'block' else tiny:
-            ends = block_ends(mode, width, size, args)
-            where = f'{width} to {4 * width}, {size[0]}x{size[1]}'
-            steps.compare(f'{title}, {where}', *ends, inference, dtype, args.rounds, kinds)
+            where = f'{title}, {width} to {4 * width}, {size[0]}x{size[1]}'
+            compare(where, block_ends(mode, dtype, width, size, args), args.rounds, kinds)
 
 
 def parse_args() -> argparse.Namespace:
@@ -156,12 +154,12 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     device = torch.cuda.get_device_name() if args.device == 'cuda' else f'{processor()}, {args.threads} threads'
-    print(f'{device}; {describe_versions()}; `{" ".join(sys.argv[1:])}`\n\n{steps.HEADER}')
+    print(f'{device}; {describe_versions()}; `{" ".join(sys.argv[1:])}`\n\n{HEADER}')
     for what, dtype, mode in product(args.what, args.dtype, args.mode):
-        steps.attempt(f'{what}, {mode}, {dtype}', measure, what, mode, dtype, args)
+        attempt(f'{what}, {mode}, {dtype}', measure, what, mode, dtype, args)
         gc.collect()
-    if steps.failures:
-        sys.exit(f'error: {len(steps.failures)} measurements failed; each is named above')
+    if benchmark_steps.failures:
+        sys.exit(f'error: {len(benchmark_steps.failures)} measurements failed; each is named above')
 
 
 if __name__ == '__main__':

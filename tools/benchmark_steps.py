@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from copy import copy
 from itertools import product
 from typing import Any
 
@@ -13,11 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-COLUMNS = (
-    'what', 'candidate', 'ms', 'over plain (quartiles)', 'host, ms', 'peak, MiB', 'kept for backward, MB', 'over plain',
-    'operations, forward + backward',
-)  # fmt: skip
-HEADER = f'| {" | ".join(COLUMNS)} |\n|{" --- |" * len(COLUMNS)}'
+HEADER = """\
+| what | candidate | ms | over plain (quartiles) | host, ms | peak, MiB \
+| kept for backward, MB | over plain | operations, forward + backward |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
 failures: list[str] = []  # the measurements that failed
 
 
@@ -125,7 +125,8 @@ def prepared(kind: str, step: Step) -> Callable[[], None]:
     """Return a step as it is ('eager'), 'compiled', or as a 'CUDA graph', run once."""
     run: Callable[[], None] = step
     if kind == 'compiled':
-        step.model = torch.compile(step.model)
+        run = copy(step)
+        run.model = torch.compile(step.model)
     if kind == 'CUDA graph':
         run = step.captured()
     run()
@@ -159,35 +160,25 @@ def interleaved(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, l
     return seconds
 
 
-def compare(
-    title: str,
-    models: dict[str, nn.Module],
-    inputs: list[Tensor],
-    inference: bool,
-    dtype: str,
-    rounds: int,
-    kinds: list[str],
-) -> None:
-    """Time the kinds of the models in turn and print a row for each; ratios are to the first."""
-    steps: dict[str, Step] = {}
+def compare(title: str, steps: dict[str, Step], rounds: int, kinds: list[str]) -> None:
+    """Time the kinds of the steps in turn and print a row for each; ratios are to the first."""
     runs: dict[str, Callable[[], None]] = {}
-    for (name, model), kind in product(models.items(), kinds):
+    for (name, step), kind in product(steps.items(), kinds):
         label = name if kind == 'eager' else f'{name}, {kind}'
-        steps[label] = Step(model, inputs, inference, dtype)
-        run = attempt(f'{title}, {label}', prepared, kind, steps[label])
+        run = attempt(f'{title}, {label}', prepared, kind, step)
         if run is not None:
             runs[label] = run
     seconds = interleaved(runs, rounds)
     first = next(iter(runs))
-    plain_bytes = steps[first].bytes_kept()
+    plain_bytes = max(1, next(iter(steps.values())).bytes_kept())
     for name, run in runs.items():
         total, host = (1e3 * statistics.median(column) for column in zip(*seconds[name]))
         low, middle, high = statistics.quantiles([a[0] / b[0] for a, b in zip(seconds[name], seconds[first])], n=4)
-        cells = [title, name, f'{total:.2f}', f'{middle:.3f} ({low:.2f}-{high:.2f})', f'{host:.2f}', peak(run)]
-        if name in models:
+        row = f'| {title} | {name} | {total:.2f} | {middle:.3f} ({low:.2f}-{high:.2f}) | {host:.2f} | {peak(run)} |'
+        if name in steps:
             kept = steps[name].bytes_kept()
-            cells += [f'{kept / 1e6:.1f}', f'{kept / max(plain_bytes, 1):.3f}', steps[name].operations()]
-        print(f'| {" | ".join(cells)} |', flush=True)
+            row += f' {kept / 1e6:.1f} | {kept / plain_bytes:.3f} | {steps[name].operations()} |'
+        print(row, flush=True)
 
 
 def profile(step: Step) -> str:

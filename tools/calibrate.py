@@ -7,9 +7,9 @@ from pathlib import Path
 
 from command_line import exit_on_problems, read_config
 
-import torch
 from mmdet.registry import MODELS
 from mmengine.config import DictAction
+from mmengine.device import get_device
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner, set_random_seed
 
@@ -25,19 +25,17 @@ def main() -> None:
     parser.add_argument('out', type=Path, help='the checkpoint to write')
     parser.add_argument('--num-batches', type=int, default=200, help='batches averaged over (default: %(default)s)')
     parser.add_argument('--bn', action='store_true', help="set BatchNorm's running statistics too")
-    parser.add_argument('--seed', type=int, default=0, help='of the batches and their augmentation (default: 0)')
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE')
     args = parser.parse_args()
     cfg = read_config(args.config, args.cfg_options)
     init_default_scope(cfg.get('default_scope') or 'mmdet')
-    set_random_seed(args.seed)
+    set_random_seed(0)  # of the batches and their augmentation
     if cfg.get('data_preprocessor'):
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)  # as the Runner does
     try:
         checkpoint = read_checkpoint(args.checkpoint)
         state_dict = checkpoint.get('state_dict', checkpoint)
-        model = MODELS.build(cfg.model).to(args.device)
+        model = MODELS.build(cfg.model).to(get_device())
         model.load_state_dict(state_dict)
         count = calibrate(model, Runner.build_dataloader(cfg.train_dataloader), args.num_batches, args.bn)
         state_dict.update({key: tensor.cpu() for key, tensor in model.state_dict().items() if 'running_' in key})

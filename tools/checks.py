@@ -11,7 +11,7 @@ from reprlib import repr as short
 from typing import Any
 
 import torch
-from annotation_checks import data_problems, is_missing, nearest, nested_dicts, read_data_sets, registered
+from annotation_checks import data_problems, is_missing, nested_dicts, parts_of, read_data_sets, registered
 from mmdet.registry import HOOKS, MODELS
 from mmengine.config import Config
 from mmengine.runner import Runner
@@ -19,10 +19,9 @@ from mmengine.runner import Runner
 from mmdet_ce import CECalibrationHook
 from mmdet_ce.backbones.ce_backbone import CEBackbone
 
-CE_TYPES = ('CEMobileNetV2', 'CEResNeXt', 'CEResNet', 'CEResNetV1d', 'ChannelEquilibrium')
 # Arguments that need mmdet's scope or a process group, or load weights. They do not change which CE is in evaluation.
 NOT_BUILT = ('norm_cfg', 'conv_cfg', 'act_cfg', 'plugins', 'dcn', 'init_cfg', 'pretrained')
-PLAIN_WEIGHTS = ('torchvision://', 'open-mmlab://')
+PLAIN_WEIGHTS = ('torchvision://', 'https://download.pytorch.org/', 'open-mmlab://')
 # The parts of a config that MMEngine and mmdet's tools read
 READ = {
     *inspect.signature(Runner.__init__).parameters,
@@ -75,16 +74,12 @@ def _collect(problems: Iterator[str]) -> list[str]:
     return found
 
 
-def _model_parts(cfg: Config) -> Iterator[tuple[str, dict]]:
-    return nested_dicts(cfg.to_dict().get('model'), 'model')
-
-
 def _head_problems(cfg: Config, splits: Sequence[str]) -> Iterator[str]:
     """Hold the number of classes of the heads against the data's; class-agnostic masks do not use it."""
     classes = next((data.classes for data in read_data_sets(cfg, splits) if data.is_coco and data.uses_labels), ())
     if not classes or 'language_model' in cfg.model:
         return
-    for place, part in _model_parts(cfg):
+    for place, part in parts_of(cfg, 'model'):
         is_used = re.search(r'(bbox|mask)_head(\.\d+)?$', place) and not part.get('class_agnostic')
         if is_used and part.get('num_classes', len(classes)) != len(classes):
             yield f'{place}.num_classes is {part["num_classes"]}; the data has {len(classes)} classes, {short(classes)}'
@@ -94,24 +89,19 @@ def _weight_problems(cfg: Config, trains: bool) -> Iterator[str]:
     """Look for the files of weights; a test does not read those that a training starts from."""
     if cfg.get('load_from') and is_missing(cfg.load_from):
         yield f'checkpoint {cfg.load_from} not found; expected a file that a training wrote'
-    for place, part in _model_parts(cfg):
+    for place, part in parts_of(cfg, 'model'):
         path = str(part.get('checkpoint') or '') if trains else ''
         if path.startswith('torchvision://') and not find_spec('torchvision'):
-            yield f'{path} needs torchvision: pip install torchvision torch=={torch.__version__}'
+            yield f'{path} needs torchvision. Install it, or name an address as configs/custom does: {place}.checkpoint'
         elif path and is_missing(path):
             yield f'pretrained weights {path} not found; docs/weights.md names some; {place}=None takes none'
 
 
 def _network_problems(cfg: Config, trains: bool) -> Iterator[str]:
-    """Look at the names, the arguments and the statistics of CE."""
-    for place, part in _model_parts(cfg):
-        name = re.sub(r'^mmdet\.', '', str(part.get('type')))
+    """Look at the arguments and the statistics of CE backbones."""
+    for place, part in parts_of(cfg, 'model'):
         kind = registered(MODELS, part)
-        if name in CE_TYPES and not (cfg.get('custom_imports') or {}).get('imports'):  # a user's may import mmdet_ce
-            yield f"{name} needs this line: custom_imports = dict(imports=['mmdet_ce'], allow_failed_imports=False)"
-        elif name[:2].upper() == 'CE' and kind is None and nearest(name, CE_TYPES):
-            yield f'type={name!r} is not registered; the nearest name is {nearest(name, CE_TYPES)}'
-        elif isinstance(kind, type) and issubclass(kind, CEBackbone):
+        if isinstance(kind, type) and issubclass(kind, CEBackbone):
             yield from _backbone_problems(cfg, place, part, trains)
 
 
@@ -134,10 +124,10 @@ def _backbone_problems(cfg: Config, place: str, part: dict, trains: bool) -> Ite
 
 def _brings_statistics(cfg: Config) -> bool:
     """Return whether CE's statistics may come from a file or from CECalibrationHook."""
-    hooks = nested_dicts(cfg.to_dict().get('custom_hooks'), '')
+    hooks = parts_of(cfg, 'custom_hooks')
     if cfg.get('load_from') or cfg.get('resume') or CECalibrationHook in [registered(HOOKS, hook) for _, hook in hooks]:
         return True
-    files = [part.get('checkpoint') or part.get('pretrained') for _, part in _model_parts(cfg)]
+    files = [part.get('checkpoint') or part.get('pretrained') for _, part in parts_of(cfg, 'model')]
     return any(_may_hold_statistics(file) for file in files if file)
 
 

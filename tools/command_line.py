@@ -17,10 +17,10 @@ if 'OMP_WAIT_POLICY' not in os.environ:
 
 from checks import option_problems  # noqa: E402
 from mmengine.config import Config  # noqa: E402
+from mmengine.hub import get_config  # noqa: E402
 
+from mmdet_ce.__main__ import find_configs  # noqa: E402
 from mmdet_ce.compat import TORCH  # noqa: E402
-
-CONFIGS = Path(__file__).resolve().parent.parent / 'configs'
 
 # Without it torch.hub, which mmengine loads weights with, runs code in a file; torch < 2.6 reads no trainings with it
 if TORCH >= (2, 6) and 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD' not in os.environ:
@@ -34,20 +34,23 @@ def exit_on_problems(problems: list[str]) -> None:
         sys.exit('\n'.join(lines))
 
 
-def config_path(config: str | Path) -> Path:
+def config_path(config: str) -> Path:
     """Return the path of a config: a file, or a name that ``python -m mmdet_ce configs`` lists."""
-    if Path(config).is_file():
-        return Path(config)
-    listed = (path for path in CONFIGS.glob('*/*.py') if path.match(f'{config}.py'))
-    return next(listed, Path(config))
+    paths = [Path(config), *find_configs(config)]
+    return next(filter(os.path.isfile, paths), paths[0])  # no error for an option's long text
 
 
-def read_config(config: str | Path, options: dict[str, Any] | None = None) -> Config:
-    """Read a config and merge the options of the command line; exit with one line if there is no such file."""
-    path = config_path(config)
-    if not path.is_file():
-        exit_on_problems([f'config {path} not found; python -m mmdet_ce configs lists the shipped ones'])
-    cfg = Config.fromfile(path)
-    exit_on_problems(option_problems(cfg, options or {}))
-    cfg.merge_from_dict(options or {})
+def read_config(config: str, options: dict[str, Any] | None = None) -> Config:
+    """Read a config, a path, a listed name or mmdet::FOLDER/NAME.py, and merge the options of the command line."""
+    try:
+        cfg = get_config(config) if '::' in config else Config.fromfile(config_path(config))
+    except FileNotFoundError as error:  # of a base too
+        exit_on_problems([f'config {config}: {error}; python -m mmdet_ce configs lists the shipped ones'])
+    merge_options(cfg, options or {})
     return cfg
+
+
+def merge_options(cfg: Config, options: dict[str, Any]) -> None:
+    """Merge the options of the command line into a config; exit with a line for each that nothing reads."""
+    exit_on_problems(option_problems(cfg, options))
+    cfg.merge_from_dict(options)

@@ -23,6 +23,7 @@ import signal
 import statistics
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,6 @@ from command_line import exit_on_problems, read_config
 
 from checks import find_problems
 from mmengine.config import Config, DictAction
-from mmengine.hub import get_config
 
 from mmdet_ce.environment import describe_versions
 
@@ -63,16 +63,10 @@ class Training:
 
 
 def load(name: str, options: list[str]) -> Config:
-    """Return the config of a path, of a name under configs/, or of an installed package (mmdet::...)."""
+    """Return the config of a name, with options like KEY=VALUE."""
     parser = argparse.ArgumentParser()
     parser.add_argument('--options', nargs='*', action=DictAction, default={})
-    options = parser.parse_args(['--options', *options]).options
-    if '::' in name:
-        cfg = get_config(name)
-        cfg.merge_from_dict(options)
-        return cfg
-    shipped = [path for path in TOOLS.parent.glob('configs/*/*.py') if path.stem == Path(name).stem]
-    return read_config(shipped[0] if shipped and not Path(name).is_file() else name, options)
+    return read_config(name, parser.parse_args(['--options', *options]).options)
 
 
 def train_and_test(training: Training, num_gpus: int) -> None:
@@ -108,16 +102,11 @@ def run_tool(name: str, arguments: list[Any], num_gpus: int, log: Path) -> None:
     with open(log, 'a') as output:
         start = output.tell()
         process = subprocess.Popen(command, stdout=output, stderr=output)
-    shown = ''
     try:
         while process.poll() is None:
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(SECONDS_BETWEEN_LINES)
-            except subprocess.TimeoutExpired:
-                line = describe_progress(log.read_text(errors='replace')[start:])
-                if line != shown:
-                    print(line, flush=True)
-                shown = line
+            print_progress(log.read_text(errors='replace')[start:])
     except KeyboardInterrupt:
         process.wait()  # the terminal has interrupted it as well
         raise
@@ -128,10 +117,11 @@ def run_tool(name: str, arguments: list[Any], num_gpus: int, log: Path) -> None:
         sys.exit(f'error: {shlex.join(command)} failed; its whole output: {log}')
 
 
-def describe_progress(output: str) -> str:
-    """Return the epoch and iteration that a tool printed last, and the time left; '' if it has not begun."""
+def print_progress(output: str) -> None:
+    """Print the epoch and iteration that a tool printed last, and the time left."""
     lines = PROGRESS.findall(output)
-    return '  {}: {}, {} left'.format(*lines[-1]) if lines else ''
+    if lines:
+        print('  {}: {}, {} left'.format(*lines[-1]), flush=True)
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
@@ -141,11 +131,9 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
 
 
 def describe_environment(log: Path) -> str:
-    """Return commit, versions and hardware: the GPUs that a training's log names, else this machine's processor."""
-    described = ['git', '-C', str(TOOLS), 'describe', '--always', '--dirty']
-    commit = subprocess.run(described, capture_output=True, text=True).stdout.strip() or 'unknown'
+    """Return versions and hardware: the GPUs that a training's log names, else this machine's processor."""
     hardware = sorted(set(re.findall(r'^ +(GPU [\d,]+: .+)$', log.read_text(errors='replace'), flags=re.M)))
-    return f'commit {commit}; {describe_versions()}; {", ".join(hardware) or processor()}, {os.cpu_count()} cores'
+    return f'{describe_versions()}; {", ".join(hardware) or processor()}, {os.cpu_count()} cores'
 
 
 def processor() -> str:
@@ -189,7 +177,7 @@ def mean_and_spread(values: list[float]) -> str:
 def parse_args() -> argparse.Namespace:
     """Read the command line; ``runs`` has the config and the options of each run by its name."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('configs', nargs='*', help='paths, names under configs/, or mmdet::FOLDER/NAME.py')
+    parser.add_argument('configs', nargs='*', help='paths, listed names, or mmdet::FOLDER/NAME.py')
     parser.add_argument(
         '--run', nargs='+', action='append', default=[], metavar='ARG',
         help='NAME CONFIG [KEY=VALUE ...]: a config with a name and options of its own',

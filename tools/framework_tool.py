@@ -11,7 +11,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from command_line import config_path, exit_on_problems, read_config
+from command_line import config_path, exit_on_problems, merge_options
 
 from checks import find_problems
 from mmengine.config import Config
@@ -24,41 +24,45 @@ import mmdet_ce  # noqa: F401  (torch reads the checkpoints of trainings once it
 
 def run(name: str) -> None:
     """Run the framework's ``tools/<name>`` ('train.py' or 'test.py') with this process's command line."""
-    package = Path(importlib.import_module(framework_of(sys.argv[1:])).__file__).resolve().parent
-    tool = package / '.mim' / 'tools' / name  # in its wheel, else in the clone that it was installed from
-    tool = runpy.run_path(str(tool if tool.is_file() else package.parent / 'tools' / name))
+    trains = name == 'train.py'
+    cfg = find_config(sys.argv[1:])
+    package = 'mmpretrain' if cfg and cfg.get('default_scope') == 'mmpretrain' else 'mmdet'
+    folder = Path(importlib.import_module(package).__file__).resolve().parent
+    tool = folder / '.mim' / 'tools' / name  # in its wheel, else in the clone that it was installed from
+    tool = runpy.run_path(str(tool if tool.is_file() else folder.parent / 'tools' / name))
     args = tool['parse_args']()
-    args.config = str(config_path(args.config))
+    if cfg is None:
+        exit_on_problems([f'config {args.config} not found; python -m mmdet_ce configs lists the shipped ones'])
+    args.config = cfg.filename
     tool['main'].__globals__['parse_args'] = lambda: args  # it has read the command line; the config may be a name
     # torch's launcher and Slurm set these. If rank 0 exits, the launcher ends the other processes.
     if os.environ.get('RANK', os.environ.get('SLURM_PROCID', '0')) == '0':
-        exit_on_problems(training_problems(args) if name == 'train.py' else test_problems(args))
+        merge_options(cfg, args.cfg_options or {})
+        exit_on_problems(training_problems(cfg, args) if trains else test_problems(cfg, args))
     try:
         tool['main']()
     except BaseException as error:  # mmengine's pretty_text makes another one of Ctrl-C
         if not isinstance(error, KeyboardInterrupt) and not isinstance(error.__context__, KeyboardInterrupt):
             raise
         if get_rank() == 0:
-            print('\nstopped', how_to_continue(args) if name == 'train.py' else '')
+            print('\nstopped', how_to_continue(args) if trains else '')
         sys.exit(130)
-    if (
-        distributed.is_available() and distributed.is_initialized()
-    ):  # a thread of gloo's that is there at exit may abort
+    if distributed.is_available() and distributed.is_initialized():
+        # A thread of gloo's that is there at exit may abort.
         gc.collect()  # the model holds the group, whose threads end when nothing holds it any more
         distributed.destroy_process_group()
 
 
-def framework_of(words: list[str]) -> str:
-    """Return the package that the config among the words of a command line is for."""
+def find_config(words: list[str]) -> Config | None:
+    """Return the config among the words of a command line; it says which framework's tool is asked for."""
     for path in map(config_path, words):
-        if path.suffix in ('.py', '.json', '.yaml', '.yml') and path.is_file():
-            return 'mmpretrain' if Config.fromfile(path).get('default_scope') == 'mmpretrain' else 'mmdet'
-    return 'mmdet'
+        if path.suffix in ('.py', '.json', '.yaml', '.yml') and os.path.isfile(path):
+            return Config.fromfile(path)
+    return None
 
 
-def training_problems(args: argparse.Namespace) -> list[str]:
+def training_problems(cfg: Config, args: argparse.Namespace) -> list[str]:
     """Return the problems of a training."""
-    cfg = read_config(args.config, args.cfg_options)
     if args.resume:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
@@ -70,9 +74,8 @@ def training_problems(args: argparse.Namespace) -> list[str]:
     return problems
 
 
-def test_problems(args: argparse.Namespace) -> list[str]:
+def test_problems(cfg: Config, args: argparse.Namespace) -> list[str]:
     """Return the problems of a test."""
-    cfg = read_config(args.config, args.cfg_options)
     cfg.load_from = args.checkpoint
     return find_problems(cfg, ['test'])
 

@@ -17,7 +17,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
-from rich.progress import track
 
 CLASSES = ('disc', 'square', 'triangle', 'star')
 MIN_VISIBLE = 0.7  # an instance of which less can be seen is left out of the image
@@ -45,10 +44,10 @@ def outline(rng: np.random.RandomState, name: str, size: int) -> np.ndarray:
     return centre + lengths[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
 
-def draw(rng: np.random.RandomState, size: int) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
-    """Draw one image; return it, (size, size, 3) uint8, and its (class index, visible (size, size) mask) pairs."""
+def draw(rng: np.random.RandomState, size: int) -> tuple[np.ndarray, list[tuple[int, np.ndarray, int]]]:
+    """Draw one image; return it, (size, size, 3) uint8, and its instances: class, visible mask, whole area."""
     image = background(rng, size)
-    instances: list[tuple[int, np.ndarray, int]] = []  # class, visible mask, whole area
+    instances: list[tuple[int, np.ndarray, int]] = []
     for _ in range(rng.randint(2, 7)):
         category = rng.randint(len(CLASSES))
         corners = outline(rng, CLASSES[category], size)
@@ -66,34 +65,40 @@ def draw(rng: np.random.RandomState, size: int) -> tuple[np.ndarray, list[tuple[
         colour = colour + rng.normal(0, 9, (size, size, 3))
         alpha = cv2.GaussianBlur(mask.astype(np.float32), (3, 3), 0)[..., None]
         image = np.clip(image * (1 - alpha) + colour * alpha, 0, 255).astype(np.uint8)
-    return image, [(category, mask) for category, mask, _ in instances]
+    return image, instances
 
 
 def write_split(folder: Path, name: str, count: int, size: int, seed: int) -> None:
     """Write ``count`` images and their annotation file."""
     (folder / name).mkdir(parents=True)
-    (folder / 'annotations').mkdir(exist_ok=True)
     rng = np.random.RandomState(seed)
-    images, annotations = [], []
-    for image_id in track(range(1, count + 1), description=f'drawing {name}'):
+    images = []
+    annotations = []
+    for image_id in range(1, count + 1):
         image, instances = draw(rng, size)
         file_name = f'{image_id:06d}.png'
         cv2.imwrite(str(folder / name / file_name), image)
         images.append(dict(id=image_id, file_name=file_name, width=size, height=size))
-        for category, mask in instances:
-            ys, xs = np.nonzero(mask)
-            box = [int(xs.min()), int(ys.min()), int(xs.max() - xs.min() + 1), int(ys.max() - ys.min() + 1)]
+        for category, mask, _ in instances:
             runs = coco_mask.encode(np.asfortranarray(mask))  # exact, where polygons could not leave out a hole
-            annotation = dict(image_id=image_id, category_id=category + 1, bbox=box, area=int(mask.sum()), iscrowd=0)
-            annotation['segmentation'] = dict(size=runs['size'], counts=runs['counts'].decode('ascii'))
-            annotations.append(dict(id=len(annotations) + 1, **annotation))
+            annotation = dict(
+                id=len(annotations) + 1,
+                image_id=image_id,
+                category_id=category + 1,
+                bbox=coco_mask.toBbox(runs).tolist(),
+                area=int(coco_mask.area(runs)),
+                iscrowd=0,
+                segmentation=dict(size=runs['size'], counts=runs['counts'].decode()),
+            )
+            annotations.append(annotation)
     categories = [dict(id=i + 1, name=name, supercategory='shape') for i, name in enumerate(CLASSES)]
-    with open(folder / 'annotations' / f'instances_{name}.json', 'w') as file:
-        json.dump(dict(images=images, annotations=annotations, categories=categories), file)
+    content = dict(images=images, annotations=annotations, categories=categories)
+    (folder / 'annotations').mkdir(exist_ok=True)
+    (folder / 'annotations' / f'instances_{name}.json').write_text(json.dumps(content))
 
 
-def make_dataset(folder: Path, train: int = 400, val: int = 80, size: int = 128, seed: int = 0) -> None:
-    """Write the data set to ``folder``, whole or not at all; the validation images have the next seed.
+def make_dataset(folder: Path, train: int = 400, val: int = 80, size: int = 128) -> None:
+    """Write the data set to ``folder``, whole or not at all.
 
     Raises:
         FileExistsError: If ``folder`` exists.
@@ -102,8 +107,8 @@ def make_dataset(folder: Path, train: int = 400, val: int = 80, size: int = 128,
         raise FileExistsError(f'{folder} exists; remove it to draw the data set anew')
     scratch = folder.with_name(f'{folder.name}.{os.getpid()}.tmp')
     try:
-        write_split(scratch, 'train', train, size, seed)
-        write_split(scratch, 'val', val, size, seed + 1)
+        write_split(scratch, 'train', train, size, seed=0)
+        write_split(scratch, 'val', val, size, seed=1)
         scratch.rename(folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

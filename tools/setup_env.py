@@ -1,4 +1,6 @@
-"""Create one of the environments that the tests run in: its pins and this package, editable, in a folder of its own.
+"""Fill the environment of the Python that runs this: the pins of a requirements file and this package, editable.
+
+    .venv/bin/python -W ignore tools/setup_env.py requirements.txt     as make setup does
 
 Standard library only: it runs before anything is installed. Safe to repeat, and to interrupt: a finished set-up is
 recognised by a stamp and costs nothing, an unfinished one is continued. mmcv's operators take minutes to compile, so
@@ -7,60 +9,20 @@ the built wheel is kept in the user's cache directory and serves every later clo
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import hashlib
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
-import time
 from pathlib import Path
-from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-class Environment(NamedTuple):
-    """A set of versions that the tests run with."""
-
-    python: tuple[int, int]
-    requirements: Path
-    venv: Path
-
-    @property
-    def interpreter(self) -> Path:
-        """The environment's own Python."""
-        return self.venv / 'bin' / 'python'
-
-    @property
-    def stamp(self) -> Path:
-        """What a finished set-up leaves."""
-        return self.venv / '.mmdet_ce_ready'
-
-    def pinned(self, name: str) -> str:
-        """Return the requirement line of ``name``."""
-        for line in self.requirements.read_text().splitlines():
-            if line.startswith(f'{name}=='):
-                return line.strip()
-        return fail(f'{self.requirements.name} pins no {name}')
-
-
-ENVIRONMENTS = {
-    'newest': Environment((3, 11), ROOT / 'requirements.txt', ROOT / '.venv'),
-    'common': Environment((3, 8), ROOT / 'requirements-common.txt', ROOT / '.venv-common'),
-}
-
-# Two wheels of mmcv are interchangeable only if these agree, and what their operators are built for.
-BUILD_KEY_CODE = """
-import sys, platform, torch
-print('-'.join(['cp%d%d' % sys.version_info[:2], platform.machine(), 'torch' + torch.__version__]))
-print(torch.version.cuda or '')
-print(torch.cuda.get_device_name().replace(' ', '_') if torch.cuda.is_available() else '')
-"""
-
-CHECK_CODE = 'import mmcv.ops; from mmdet_ce.environment import describe_versions as d; print(d())'
+STAMP = Path(sys.prefix) / '.mmdet_ce_ready'  # what a finished set-up leaves
+CHECK_CODE = 'import mmcv.ops; from mmdet_ce.environment import describe_versions as d; print("setup: ready:", d())'
 
 
 def fail(message: str) -> None:
@@ -68,45 +30,35 @@ def fail(message: str) -> None:
     sys.exit(f'setup: error: {message}')
 
 
-def check_machine(env: Environment) -> None:
-    """Check what set-up needs from the machine, before anything is downloaded."""
-    want = '.'.join(map(str, env.python))
-    if sys.version_info[:2] != env.python:
-        fail(f'Python {want} is needed, this is {sys.version.split()[0]} ({sys.executable}); make PYTHON=PATH names it')
+def check_machine() -> None:
+    """Check what set-up needs, before anything is downloaded."""
+    if sys.prefix == sys.base_prefix:
+        fail('this Python belongs to no environment (python -m venv); make setup makes one')
     compiler = (os.environ.get('CXX') or 'c++').split()[0]
     if shutil.which(compiler) is None:
         fail(f"no C++ compiler ('{compiler}' not found) for mmcv's operators; install one (apt install g++) or set CXX")
     if not Path(sysconfig.get_path('include'), 'Python.h').is_file():
-        fail(f"Python's C headers (Python.h) are missing; install them (apt install python{want}-dev)")
+        fail(f"Python's C headers (Python.h) are missing; install them (apt install python3.{sys.version_info[1]}-dev)")
 
 
-def fingerprint(env: Environment) -> str:
+def fingerprint(requirements: Path) -> str:
     """Identify the set-up: a change of the pins, of the metadata, of this file or of the folder asks for a new run."""
     digest = hashlib.sha256(str(ROOT).encode())
-    for path in (env.requirements, ROOT / 'setup.py', ROOT / 'pyproject.toml', Path(__file__)):
+    for path in (requirements, ROOT / 'setup.py', ROOT / 'pyproject.toml', Path(__file__)):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
-def pip(env: Environment, what: str, *args: str, **variables: str) -> None:
-    """Run the environment's pip as one step of the set-up; its output goes into a log."""
-    start = time.monotonic()
-    log = env.venv / 'setup.log'
-    command = [str(env.interpreter), '-m', 'pip', '--disable-pip-version-check', *args]
-    print(f'setup: {what} ...', end='', flush=True)
-    with open(log, 'a') as output:
-        options = dict(cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **variables})
-        status = subprocess.run(command, **options).returncode
-    print(f' {time.monotonic() - start:.0f} s', flush=True)
-    if status:
-        print(*log.read_text().splitlines()[-30:], sep='\n')
-        fail(f'pip failed: {" ".join(command)}; the end of its output is above, all of it in {log}')
+def pip(what: str, *args: str, **variables: str) -> None:
+    """Run pip as one step of the set-up; it prints what fails."""
+    print(f'setup: {what}', flush=True)
+    command = [sys.executable, '-m', 'pip', '--disable-pip-version-check', '-qq', *args]
+    if subprocess.run(command, cwd=ROOT, env={**os.environ, **variables}).returncode:
+        fail(f'pip failed: {" ".join(command)}')
 
 
 def operators(cuda: str, gpu: str) -> str:
     """Return what mmcv's operators are built for, given torch's CUDA version and the GPU, '' for none."""
-    if os.environ.get('FORCE_CUDA') == '1':
-        return f'cu{cuda}-{gpu}'
     if not gpu:
         return 'cpu'
     major = cuda.split('.')[0]
@@ -121,21 +73,25 @@ def operators(cuda: str, gpu: str) -> str:
     return 'cpu'
 
 
-def mmcv_wheel(env: Environment) -> Path:
+def mmcv_wheel(requirements: Path) -> Path:
     """Return mmcv's wheel from the cache, built first if it is not there."""
-    command = [str(env.interpreter), '-W', 'ignore', '-c', BUILD_KEY_CODE]
-    printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-    key, cuda, gpu = printed.splitlines()
-    built_for = operators(cuda, gpu)
+    import torch  # installed by now
+
+    gpu = torch.cuda.get_device_name().replace(' ', '_') if torch.cuda.is_available() else ''
+    built_for = operators(torch.version.cuda or '', gpu)
+    # Two wheels are interchangeable only if these agree.
+    version = re.search(r'^mmcv==(\S+)', requirements.read_text(), flags=re.M)[1]
+    python = f'cp{sys.version_info[0]}{sys.version_info[1]}'
+    key = f'mmcv{version}-{python}-{platform.machine()}-torch{torch.__version__}-{built_for}'
     cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
-    folder = cache / 'mmdet_ce' / f'{env.pinned("mmcv").replace("==", "")}-{key}-{built_for}'
+    folder = cache / 'mmdet_ce' / key
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / 'lock', 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another set-up may be building it
-        return next(folder.glob('mmcv-*.whl'), None) or build_mmcv(env, folder, built_for)
+        return next(folder.glob('mmcv-*.whl'), None) or build_mmcv(requirements, folder, built_for)
 
 
-def build_mmcv(env: Environment, folder: Path, built_for: str) -> Path:
+def build_mmcv(requirements: Path, folder: Path, built_for: str) -> Path:
     """Compile mmcv with its operators into ``folder``, by precompiled_cxx.py: in 3 minutes instead of 16."""
     scratch = folder / 'build'
     shutil.rmtree(scratch, ignore_errors=True)  # of a build that was interrupted
@@ -145,7 +101,7 @@ def build_mmcv(env: Environment, folder: Path, built_for: str) -> Path:
     variables = dict(
         MMCV_WITH_OPS='1',
         MAX_JOBS=str(os.cpu_count() or 1),
-        PATH=f'{env.venv / "bin"}{os.pathsep}{os.environ.get("PATH", "")}',
+        PATH=f'{Path(sys.executable).parent}{os.pathsep}{os.environ.get("PATH", "")}',
         CXX=str(ROOT / 'tools' / 'precompiled_cxx.py'),
         MMDET_CE_CXX=os.environ.get('CXX') or 'c++',
         MMDET_CE_HEADER=str(header),
@@ -153,67 +109,34 @@ def build_mmcv(env: Environment, folder: Path, built_for: str) -> Path:
     )
     if built_for == 'cpu':
         variables['CUDA_VISIBLE_DEVICES'] = ''  # mmcv builds for every GPU that it sees
-    arguments = ('-v', '--no-deps', '--no-build-isolation', '--no-binary', 'mmcv', '--no-cache-dir', '-w', str(scratch))
-    pip(env, 'compiling mmcv with its operators, 2 to 4 minutes', 'wheel', *arguments, env.pinned('mmcv'), **variables)
+    arguments = ('--no-deps', '--no-build-isolation', '--no-binary', 'mmcv', '--no-cache-dir', '-w', str(scratch))
+    what = 'compiling mmcv with its operators, 2 to 4 minutes'
+    pip(what, 'wheel', *arguments, '-c', str(requirements), 'mmcv', **variables)
     (built,) = scratch.glob('mmcv-*.whl')
     wheel = built.rename(folder / built.name)
     shutil.rmtree(scratch)
     return wheel
 
 
-def check_torchvision(env: Environment) -> None:
-    """Remove torchvision where it does not load, as PyPI's beside a CPU build of torch: mmengine would stop there."""
-    command = [str(env.interpreter), '-W', 'ignore', '-c', 'import torchvision']
-    if subprocess.run(command, stderr=subprocess.DEVNULL).returncode:
-        what = 'torchvision does not load beside this torch and is removed; torchvision:// weights need it'
-        pip(env, what, 'uninstall', '--yes', 'torchvision')
-
-
-def install_imagenet(env: Environment) -> None:
-    """Put the pins of requirements-imagenet.txt into the folder imagenet of the environment, once."""
-    requirements = ROOT / 'requirements-imagenet.txt'
-    folder = env.venv / 'imagenet'
-    pins = requirements.read_text()
-    stamp = folder / '.pins'
-    if stamp.is_file() and stamp.read_text() == pins:
-        return
-    shutil.rmtree(folder, ignore_errors=True)
-    what = f'what the ImageNet tests need, into {folder}'
-    pip(env, what, 'install', '--no-deps', '--target', str(folder), '-r', str(requirements))
-    stamp.write_text(pins)
+def set_up(requirements: Path) -> None:
+    """Install everything."""
+    check_machine()
+    first = ('torch', 'setuptools', 'wheel', 'ninja', 'psutil')
+    pip('1/4 torch and build tools', 'install', '-c', str(requirements), *first)
+    pip('2/4 mmcv', 'install', '--no-deps', str(mmcv_wheel(requirements)))
+    # --no-deps: the requirements are the whole list, with opencv-python-headless, which needs no libGL on the machine.
+    pip('3/4 mmengine, mmdet and the rest', 'install', '--no-deps', '-r', str(requirements))
+    pip('4/4 mmdet_ce, editable', 'install', '--no-deps', '--no-build-isolation', '-e', str(ROOT))
+    if subprocess.run([sys.executable, '-W', 'ignore', '-c', CHECK_CODE], cwd=ROOT).returncode:
+        fail('the installed stack does not work; the reason is above')
+    STAMP.write_text(fingerprint(requirements))
 
 
 def main() -> None:
     """Set up, or find that nothing is to do."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('environment', nargs='?', choices=[*ENVIRONMENTS], default='newest', help='(default: newest)')
-    parser.add_argument('--imagenet', action='store_true', help='with what the ImageNet tests need')
-    args = parser.parse_args()
-    env = ENVIRONMENTS[args.environment]
-    if not (env.stamp.is_file() and env.stamp.read_text() == fingerprint(env)):
-        set_up(env)
-    if args.imagenet:
-        install_imagenet(env)
-
-
-def set_up(env: Environment) -> None:
-    """Create the environment and install everything into it."""
-    start = time.monotonic()
-    check_machine(env)
-    subprocess.run([sys.executable, '-m', 'venv', str(env.venv)], check=True)  # keeps what is there
-    first = map(env.pinned, ('torch', 'setuptools', 'wheel', 'ninja', 'psutil'))
-    pip(env, '1/4 torch and build tools', 'install', '-c', str(env.requirements), *first)
-    pip(env, '2/4 mmcv', 'install', '--no-deps', str(mmcv_wheel(env)))
-    # --no-deps: the requirements are the whole list, with opencv-python-headless, which needs no libGL on the machine.
-    pip(env, '3/4 mmengine, mmdet and the rest', 'install', '--no-deps', '-r', str(env.requirements))
-    check_torchvision(env)
-    pip(env, '4/4 mmdet_ce, editable', 'install', '--no-deps', '--no-build-isolation', '-e', str(ROOT))
-    command = [str(env.interpreter), '-W', 'ignore', '-c', CHECK_CODE]
-    check = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
-    if check.returncode:
-        fail(f'the installed stack does not work:\n{check.stderr}')
-    env.stamp.write_text(fingerprint(env))
-    print(f'setup: ready in {(time.monotonic() - start) / 60:.1f} min: {check.stdout.strip()}')
+    requirements = ROOT / sys.argv[1]
+    if not (STAMP.is_file() and STAMP.read_text() == fingerprint(requirements)):
+        set_up(requirements)
 
 
 if __name__ == '__main__':

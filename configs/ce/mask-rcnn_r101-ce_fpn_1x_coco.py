@@ -5,4 +5,11 @@ default_hooks = dict(checkpoint=dict(backend_args=dict(backend='atomic')))
 custom_hooks = [dict(type='SyncBuffersHook')]
 # Weights: torchvision's plain ResNet-101, because no ResNet-101 with CE was released. CE is untrained at the start.
 # Norms and CE train, and no stage is frozen. Not run on COCO.
-model = dict(backbone=dict(type='CEResNet', frozen_stages=-1, norm_eval=False))
+model = dict(
+    backbone=dict(
+        type='CEResNet',
+        frozen_stages=-1,
+        norm_eval=False,
+        init_cfg=dict(type='Pretrained', checkpoint='https://download.pytorch.org/models/resnet101-63fe2227.pth'),
+    )
+)

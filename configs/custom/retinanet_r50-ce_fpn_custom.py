@@ -13,7 +13,12 @@ val = dict(ann_file='annotations/val.json', data_prefix=dict(img='val/'))
 # init_cfg, and neck=dict(in_channels=[64, 128, 256, 512]).
 num_classes = len(metainfo['classes'])
 model = dict(
-    backbone=dict(type='CEResNet', frozen_stages=-1, norm_eval=False),
+    backbone=dict(
+        type='CEResNet',
+        frozen_stages=-1,
+        norm_eval=False,
+        init_cfg=dict(type='Pretrained', checkpoint='https://download.pytorch.org/models/resnet50-0676ba61.pth'),
+    ),
     bbox_head=dict(num_classes=num_classes),
 )
 

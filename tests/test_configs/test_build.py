@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +31,7 @@ def test_config_builds_anywhere(path, tmp_path, monkeypatch):
     checkpoint = cfg.default_hooks.checkpoint
     assert checkpoint.backend_args == dict(backend='atomic')
     assert checkpoint.get('max_keep_ckpts', -1) != 1, 'mmengine deletes the old one before it writes the new one'
+    assert 'torchvision://' not in cfg.pretty_text
     schedule = SCHEDULE.search(path.stem)
     assert not schedule or cfg.train_cfg.max_epochs == 12 * int(schedule[1])
     model = MODELS.build(cfg.model).train()
@@ -44,6 +47,21 @@ def test_config_builds_anywhere(path, tmp_path, monkeypatch):
     for name, layer in layers.items():
         assert layer.is_identity is is_identity, name
         assert not is_identity or (layer.training and layer.alpha.requires_grad), f'{name} would stay the identity'
+
+
+@pytest.mark.parametrize('path', [path for path in CONFIGS if 'https:' in path.read_text()], ids=lambda p: p.stem)
+def test_plain_weights_need_no_torchvision(path, tmp_path, monkeypatch):
+    """A file in torch's cache, with the name that the address ends with, stands for the download."""
+    monkeypatch.setitem(sys.modules, 'torchvision', None)
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    cfg = Config.fromfile(path).model.backbone
+    plain = ResNet(cfg.depth)
+    cache = tmp_path / 'hub' / 'checkpoints'
+    cache.mkdir(parents=True)
+    torch.save(plain.state_dict(), cache / Path(cfg.init_cfg.checkpoint).name)
+    backbone = MODELS.build(cfg)
+    backbone.init_weights()
+    assert torch.equal(backbone.conv1.weight, plain.conv1.weight)
 
 
 @pytest.mark.slow

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import builtins
 import copy
+import io
 import json
 import re
 import sys
-
-from command_line import CONFIGS, exit_on_problems
 
 import annotation_checks
 import pytest
@@ -17,9 +17,9 @@ from mmcv.transforms import LoadImageFromFile
 from mmdet.datasets import CocoDataset
 from mmdet.registry import DATASETS, TRANSFORMS
 from mmengine.config import Config
-from utils import call
 
 from mmdet_ce import CEResNet
+from mmdet_ce.__main__ import CONFIGS
 
 pytestmark = pytest.mark.filterwarnings('error:a check before the start failed')
 BOX = dict(image_id=1, category_id=1, bbox=[5, 5, 40, 40], area=1600, iscrowd=0, segmentation=[[5, 5, 45, 5, 45, 45]])
@@ -71,6 +71,17 @@ def test_no_problem(cfg):
     assert find_problems(cfg, ['train']) == []
 
 
+def test_a_file_is_read_once(cfg, monkeypatch):
+    opened = []
+    open_file = io.open
+    for module in (builtins, io):
+        monkeypatch.setattr(
+            module, 'open', lambda file, *args, **kw: opened.append(str(file)) or open_file(file, *args, **kw)
+        )
+    assert find_problems(cfg, ['train', 'val']) == []
+    assert (opened.count('train.json'), opened.count('val.json')) == (1, 1)
+
+
 def test_missing_files_are_named(cfg, tmp_path):
     cfg.train_dataloader.dataset.data_root = 'none/'
     cfg.val_dataloader.dataset.data_prefix.img = 'no_images/'
@@ -106,8 +117,8 @@ def test_what_others_read_is_left_to_them(change, cfg, write):
 @pytest.mark.parametrize(
     'text, fault',
     [
-        (json.dumps(FILE)[:-40], r'not valid JSON \(.*\)\. It has \d+ bytes'),
-        (' ', r'not valid JSON \(Expecting value.* begins with'),
+        (json.dumps(FILE)[:-40], r"not valid JSON \(.*\)\. It begins with '{.categories"),
+        (' ', r"not valid JSON \(Expecting value.* begins with ' '"),
         ('<annotation>', "begins with '<annotation>'"),
         ('[]', "not in COCO's format"),
     ],
@@ -128,14 +139,10 @@ def test_a_file_that_cannot_be_read_is_named(text, fault, cfg, write):
         (changed('annotations', category_id=3), '1 of its 2 annotations have a category_id .*, like 3; .* have .1, 2'),
         (dict(categories=[]), '2 of its 2 annotations have a category_id'),
         (changed('images', width=None), "without 'width'"),
-        (changed('annotations', area=None), "without 'area'"),
         (changed('categories', name=None), "without 'name'"),
         (changed('images', width='64'), "not in COCO's format: TypeError"),
-        (changed('annotations', id=1), 'not unique'),
         (changed('annotations', segmentation=None), r'no masks for 1 of its 2 boxes, .* \(with_mask=True\)'),
-        (changed('annotations', segmentation=[]), 'no masks for 1 of its 2 boxes'),
-        (changed('images', file_name='train/1.png'), "image train/train/1.png, not found. train/ has '1.png'"),
-        (changed('images', file_name='1.PNG'), "image train/1.PNG, not found. train/ has '1.png'"),
+        (changed('images', file_name='train/1.png'), 'image train/train/1.png, not found. Correct its file_name'),
     ],
 )
 def test_content_that_mmdet_cannot_use_is_named(changes, fault, cfg, write):
@@ -168,7 +175,7 @@ def test_of_a_large_file_the_categories_alone_are_read(info, cfg, write, monkeyp
     'names, classes, fault',
     [
         (['a', 'b', 'c'], ['a', 'c'], None),  # some of the file's
-        (['a', 'b'], ('b', 'a'), r"in another order than train.json\. Write metainfo=dict\(classes=\('a', 'b'\)\)"),
+        (['a', 'b'], ('b', 'a'), r"in this order: \['a', 'b'\]\. Write metainfo=dict\(classes=\('a', 'b'\)\)"),
         (['cat', 'dog'], ('dgo', 'cat'), r"class 'dgo', .* 'dog'\. Write .*\('cat', 'dog'\).*num_classes=2 "),
         ([f'{i} x' for i in range(80)] + ['bicycle'], ('bycicle',), r"nearest .* 'bicycle'.*\('bicycle',\)"),
         ([f'{i} x' for i in range(80)], ('first', 'second'), r'train.json has 80, .*Write names of the file'),
@@ -177,7 +184,7 @@ def test_of_a_large_file_the_categories_alone_are_read(info, cfg, write, monkeyp
             None,
             r"Write metainfo=dict\(classes=\('balloon',\)\), and num_classes=1 ",
         ),  # COCO's are the default
-        (['a', 'a', 'b'], ('a', 'b'), 'two categories of one name'),
+        (['a', 'a', 'b'], ('a', 'b'), r"has 3, in this order: \['a', 'a', 'b'\]"),
         (['balloon'], 'balloon', r"the text 'balloon' as classes; expected a tuple, \('balloon',\)"),
     ],
 )
@@ -242,17 +249,12 @@ def test_heads_have_the_number_of_classes(cfg):
     assert find_problems(cfg, ['train']) == []
 
 
-def test_names_and_arguments_of_ce(cfg):
-    cfg.model.backbone.type = 'CEResnet'
-    assert find_problems(cfg, []) == ["type='CEResnet' is not registered; the nearest name is CEResNet"]
-    cfg.model.backbone.type = 'CEResNet'
+def test_arguments_of_ce(cfg):
     cfg.model.backbone.ce_evall = True
     assert "no argument 'ce_evall'; did you mean 'ce_eval'?" in find_problems(cfg, [])[0]
     del cfg.model.backbone['ce_evall']
     cfg.model.backbone.ce_cfg = dict(num_iteration=8)
     assert "unexpected keyword argument 'num_iteration'" in find_problems(cfg, [])[0]
-    cfg.pop('custom_imports')
-    assert 'CEResNet needs this line: custom_imports = dict(' in find_problems(cfg, [])[0]
 
 
 @pytest.mark.parametrize(
@@ -261,7 +263,7 @@ def test_names_and_arguments_of_ce(cfg):
         (dict(norm_eval=True), 14),
         (dict(ce_eval=True), 14),
         (dict(frozen_stages=1), 4),
-        (dict(norm_eval=True, init_cfg=dict(type='Pretrained', checkpoint='torchvision://resnet50')), 14),
+        (dict(norm_eval=True, init_cfg=dict(type='Pretrained', checkpoint='https://download.pytorch.org/r.pth')), 14),
         (dict(norm_eval=True, init_cfg=dict(type='Pretrained', checkpoint='plain.pth')), 14),
         (dict(norm_eval=True, init_cfg=dict(type='Pretrained', checkpoint='ce.pth')), 0),
         (dict(norm_eval=True, init_cfg=dict(type='Pretrained', checkpoint='https://example.org/ce.pth')), 0),
@@ -270,11 +272,9 @@ def test_names_and_arguments_of_ce(cfg):
         (dict(norm_eval=True, ce_cfg=None), 0),
     ],
 )
-def test_ce_in_evaluation_needs_statistics(change, layers, cfg, tmp_path, monkeypatch):
+def test_ce_in_evaluation_needs_statistics(change, layers, cfg):
     for name, ce_cfg in (('ce', dict(num_channels=16)), ('plain', None)):
         torch.save(dict(state_dict=CEResNet(depth=18, ce_cfg=ce_cfg).state_dict()), f'{name}.pth')
-    monkeypatch.setitem(sys.modules, 'torchvision', sys)
-    monkeypatch.setattr('checks.find_spec', lambda name: True)
     cfg.model.backbone.update(change)
     problems = find_problems(cfg, ['train'])
     assert len(problems) == bool(layers)
@@ -309,10 +309,4 @@ def test_torchvision_weights_without_torchvision(cfg, monkeypatch):
     monkeypatch.setattr(sys, 'path', [])
     monkeypatch.delitem(sys.modules, 'torchvision', raising=False)
     (problem,) = find_problems(cfg, ['train'])
-    assert re.search(r'torchvision://resnet50 needs torchvision: pip install torchvision torch==2\.\S+$', problem)
-
-
-def test_text_of_a_file_cannot_forge_a_line(cfg, write):
-    write(**changed('categories', name='\x1b[2K\rerror: all is well\n'))
-    message = call(lambda: exit_on_problems(find_problems(cfg, ['train'])))
-    assert message.count('\n') == 0 and message.isprintable()
+    assert re.search(r'^torchvision://resnet50 needs torchvision.* model\.backbone\.init_cfg\.checkpoint$', problem)

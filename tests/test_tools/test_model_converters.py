@@ -22,7 +22,9 @@ from mmdet_ce.compat import TORCH
 
 @pytest.fixture(scope='module')
 def state():
-    return {f'module.{key}': value for key, value in released(depth=18, base_channels=64).items()}
+    state = released(depth=18, base_channels=64)
+    # PyTorch before 0.4.1, which the authors may have used, counted no batches.
+    return {f'module.{key}': value for key, value in state.items() if 'num_batches' not in key}
 
 
 def test_converts(state, tmp_path, capsys):
@@ -30,9 +32,6 @@ def test_converts(state, tmp_path, capsys):
     torch.save({'epoch': 100, 'arch': 'resnetv1ce', 'state_dict': state}, source)
     assert call(official_to_mmdet_ce.main, source, destination, '--depth', '18') is None
     assert re.search(r'ours.pth: \d+ tensors, 0 missing, 0 unexpected', capsys.readouterr().out)
-    digest = hashlib.sha256(source.read_bytes()).hexdigest()
-    meta = torch.load(destination, weights_only=True)['meta']
-    assert meta == dict(source='theirs.pth.tar', source_sha256=digest, converter=f'mmdet_ce {__version__}')
     saved = torch.load(destination, weights_only=True)['state_dict']
     assert saved._metadata['']['ce_cfg']['num_iterations'] == [3]
     backbone = CEResNet(depth=18, init_cfg=dict(type='Pretrained', checkpoint=str(destination)))

@@ -21,10 +21,11 @@ import numpy as np
 import torch
 from mmdet.registry import MODELS
 from mmengine.config import Config, DictAction
+from mmengine.device import get_device
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner, load_checkpoint
 
-from mmdet_ce.channel_analysis import INHIBITED_BELOW, watch_channels
+from mmdet_ce.channel_analysis import watch_channels
 
 COLUMNS = {
     'inhibited': '.1%',
@@ -45,17 +46,14 @@ def measure(cfg: Config, checkpoint: str, args: argparse.Namespace) -> dict[str,
     init_default_scope(cfg.get('default_scope') or 'mmdet')
     model = MODELS.build(cfg.model)
     load_checkpoint(model, checkpoint, map_location='cpu', strict=True)
-    model.to(args.device).eval()
+    model.to(get_device()).eval()
     cfg.test_dataloader.batch_size = 1  # no image is padded to the size of another
     with torch.no_grad(), watch_channels(model) as layers:
         for batch in islice(Runner.build_dataloader(cfg.test_dataloader), args.num_images):
             model.test_step(batch)
     if not layers:
         exit_on_problems(['nothing to measure: there is no image, or the model has no norm over (N, C, H, W)'])
-    return {
-        name: {**layer.measures(args.threshold), 'contribution': layer.contribution.tolist()}
-        for name, layer in layers.items()
-    }
+    return {name: {**layer.measures(), 'contribution': layer.contribution.tolist()} for name, layer in layers.items()}
 
 
 def table(models: dict[str, dict[str, dict]]) -> str:
@@ -82,10 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--model', nargs=3, action='append', required=True, metavar=('NAME', 'CONFIG', 'CHECKPOINT'))
     parser.add_argument('--num-images', type=int, default=100, help='(default: %(default)s)')
-    text = "the share of a layer's mean contribution under which a channel is inhibited"
-    parser.add_argument('--threshold', type=float, default=INHIBITED_BELOW, help=text)
     parser.add_argument('--out', type=Path, default=Path('work_dirs/channels.json'), help='(default: %(default)s)')
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='of every config')
     args = parser.parse_args()
     models = {

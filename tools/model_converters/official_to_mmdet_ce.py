@@ -6,7 +6,6 @@ Strict: every tensor of the backbone must be there in its shape, and none be lef
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from command_line import exit_on_problems
 
 import torch
 
-from mmdet_ce import CEResNet, __version__
+from mmdet_ce import CEResNet
 from mmdet_ce.checkpoints import convert_official_state_dict, write_checkpoint
 
 
@@ -23,12 +22,8 @@ def convert(source: Path, destination: Path, depth: int = 50) -> int:
     """Convert ``source`` and return the number of tensors written."""
     converted = convert_official_state_dict(torch.load(source, map_location='cpu', weights_only=True))
     backbone = CEResNet(depth=depth)
-    # PyTorch before 0.4.1, which the authors may have used, kept no such counter; no output depends on it.
-    counters = {key: t for key, t in backbone.state_dict().items() if key.endswith('num_batches_tracked')}
-    backbone.load_state_dict({**counters, **converted})
-    digest = hashlib.sha256(source.read_bytes()).hexdigest()
-    meta = dict(source=source.name, source_sha256=digest, converter=f'mmdet_ce {__version__}')
-    write_checkpoint(dict(state_dict=backbone.state_dict(), meta=meta), destination)  # ours: with T in its metadata
+    backbone.load_state_dict(converted)
+    write_checkpoint(dict(state_dict=backbone.state_dict()), destination)  # ours: with T in its metadata
     return len(converted)
 
 
