@@ -78,6 +78,7 @@ def test_a_norm_of_another_class_is_not_folded():
     [
         (dict(ce_eval='None'), "ce_eval must be True, False or None, got 'None'"),
         (dict(frozen_stage=1), "CEResNet has no argument 'frozen_stage'; did you mean 'frozen_stages'?"),
+        (dict(num_iterations=8), 'write ce_cfg=dict(num_iterations=...)'),
         (dict(stage_with_ce=(True,)), 'stage_with_ce needs True or False for each of the 4 stages, got'),
         (dict(stage_with_ce=(True, True, 'yes', False)), 'stage_with_ce needs True or False for each of the 4 stages'),
         (dict(ce_cfg=16), 'ce_cfg must be a dict of arguments of ChannelEquilibrium, or None, got 16'),
