@@ -144,8 +144,12 @@ def data_problems(cfg: Config, splits: Sequence[str]) -> Iterator[str]:
             annotations = contents.get(file, {}).get('annotations', [])
             if is_missing(file):
                 yield f'annotation file {file} not found; set {place}.ann_file'
-            elif registered(METRICS, part) is CocoMetric and not all('iscrowd' in one for one in annotations):
+            elif registered(METRICS, part) is not CocoMetric:
+                continue
+            elif not all('iscrowd' in one for one in annotations):
                 yield f"{file} has annotations without 'iscrowd', which {place} needs; 0 is a single object"
+            elif any(one['id'] == 0 for one in annotations):  # pycocotools marks a match by its id
+                yield f'{file} has an annotation with id 0, which COCO counts as not found; number them from 1'
 
 
 def _file_fault(data: DataSet) -> str | None:

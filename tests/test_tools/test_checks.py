@@ -155,6 +155,9 @@ def test_what_an_evaluation_needs(cfg, write):
     write('val', **changed('annotations', iscrowd=None))
     (problem,) = find_problems(cfg, ['val'])
     assert "val.json has annotations without 'iscrowd', which val_evaluator needs" in problem
+    write('val', annotations=[dict(BOX, id=0)])
+    (problem,) = find_problems(cfg, ['val'])
+    assert 'val.json has an annotation with id 0' in problem
     cfg.val_evaluator.type = 'VOCMetric'
     assert find_problems(cfg, ['val']) == []
     write('val', annotations=[])  # of a test without labels
