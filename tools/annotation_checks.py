@@ -189,7 +189,14 @@ def _content_fault(data: DataSet) -> str | None:
     drops_empty = trains and (data.dataset.filter_cfg or {}).get('filter_empty_gt')
     if not images or (drops_empty and not boxes):
         found = f'{len(data.content.get("images", []))} images and {len(annotations)} annotations'
-        return f'{data.file}: mmdet can use none of {found}. It leaves out boxes of other categories and under 1 pixel'
+        return f'{data.file}: mmdet can use none of {found}. It leaves out boxes of other images or categories or under 1 pixel'
+    outside = sum(
+        box['bbox'][2] > 1.05 * image['width'] or box['bbox'][3] > 1.05 * image['height']
+        for image in images
+        for box in image.get('instances', [])
+    )
+    if outside > len(boxes) / 2:  # a corner in place of the size
+        return f'{data.file}: {outside} of its {len(boxes)} boxes leave their images; bbox is [x, y, width, height]'
     without = sum('mask' not in box for box in boxes)
     if without and any(step.get('with_mask') for _, step in data.steps):
         found = f'{data.file} has no masks for {without} of its {len(boxes)} boxes'
