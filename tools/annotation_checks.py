@@ -137,15 +137,27 @@ def data_problems(cfg: Config, splits: Sequence[str]) -> Iterator[str]:
             yield fault
     contents = {data.file: data.content for data in readable if data.content}
     for split in splits:
+        names = {
+            image['file_name']
+            for data in readable
+            if data.content and data.place.startswith(split)
+            for image in data.content['images']
+        }
         for place, part in parts_of(cfg, f'{split}_evaluator'):
             file = part.get('ann_file')
             if not file or part.get('backend_args'):
                 continue
-            annotations = contents.get(file, {}).get('annotations', [])
             if is_missing(file):
                 yield f'annotation file {file} not found; set {place}.ann_file'
-            elif registered(METRICS, part) is CocoMetric and not all('iscrowd' in one for one in annotations):
-                yield f"{file} has annotations without 'iscrowd', which {place} needs; 0 is a single object"
+            elif registered(METRICS, part) is CocoMetric and names:
+                content = contents.get(file) or json.loads(Path(file).read_text())
+                annotations = content.get('annotations', [])
+                if not all('iscrowd' in one for one in annotations):
+                    yield f"{file} has annotations without 'iscrowd', which {place} needs; 0 is a single object"
+                if not all(one['id'] for one in annotations):  # pycocotools marks a match by its id
+                    yield f'{file} has an annotation with id 0, which COCO counts as not found; number them from 1'
+                if names - {image['file_name'] for image in content['images']}:
+                    yield f'{file} of {place} has other images than {split}_dataloader'
 
 
 def _file_fault(data: DataSet) -> str | None:
@@ -185,7 +197,14 @@ def _content_fault(data: DataSet) -> str | None:
     drops_empty = trains and (data.dataset.filter_cfg or {}).get('filter_empty_gt')
     if not images or (drops_empty and not boxes):
         found = f'{len(data.content.get("images", []))} images and {len(annotations)} annotations'
-        return f'{data.file}: mmdet can use none of {found}. It leaves out boxes of other categories and under 1 pixel'
+        return f'{data.file}: mmdet can use none of {found}, as of other images or categories, or under 1 pixel'
+    outside = sum(
+        box['bbox'][2] > 1.05 * image['width'] or box['bbox'][3] > 1.05 * image['height']
+        for image in images
+        for box in image.get('instances', [])
+    )
+    if outside > len(boxes) / 2:  # a corner in place of the size
+        return f'{data.file}: {outside} of its {len(boxes)} boxes leave their images; bbox is [x, y, width, height]'
     without = sum('mask' not in box for box in boxes)
     if without and any(step.get('with_mask') for _, step in data.steps):
         found = f'{data.file} has no masks for {without} of its {len(boxes)} boxes'
