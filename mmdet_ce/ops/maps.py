@@ -133,7 +133,7 @@ def apply(h: GroupedMap, x: Tensor, matrix: Tensor, shortcut: Optional[Tensor] =
     """
     factor = matrix[..., :-1]
     added = matrix[..., -1:]
-    out = h.scratch
+    out = h.scratch if h.values.shape[1] == factor.shape[1] else None
     if h.is_centered:
         added = torch.baddbmm(added, factor, h.mean_columns)
     factor = factor.to(h.values.dtype)
@@ -141,8 +141,7 @@ def apply(h: GroupedMap, x: Tensor, matrix: Tensor, shortcut: Optional[Tensor] =
         added = added.to(h.values.dtype)
     else:
         shortcut = matrices(shortcut, factor.shape[1], h.channels_last)
-        has_scratch = out is not None and out.shape == shortcut.shape
-        added = _add(shortcut, added, h.channels_last, h.values.dtype, out if has_scratch else None)
+        added = _add(shortcut, added, h.channels_last, h.values.dtype, out)
         out = added
     values = _multiply(factor, h.values, h.channels_last, added, out)
     result = as_map(values, x, h.means.shape[1], h.channels_last)
