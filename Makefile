@@ -4,10 +4,12 @@ VERSIONS ?= newest
 PYTHON_VERSION_common := 3.8
 PYTHON_VERSION := $(or $(PYTHON_VERSION_$(VERSIONS)),3.11)
 VENV := .venv$(if $(filter-out newest,$(VERSIONS)),-$(VERSIONS))
+PINS := requirements$(VENV:.venv%=%).txt
+$(if $(wildcard $(PINS)),,$(error VERSIONS=$(VERSIONS) has no $(PINS); newest and common are the two))
 # The first that runs: pyenv has a python3.8 on the path that may stand for none.
 PYTHON ?= $(or $(shell python$(PYTHON_VERSION) -c 'import sys; print(sys.executable)' 2> /dev/null),\
   $(lastword $(wildcard $(HOME)/.pyenv/versions/$(PYTHON_VERSION).*/bin/python)),\
-  $(shell command -v python3),python$(PYTHON_VERSION))
+  $(shell command -v python3 2> /dev/null),python$(PYTHON_VERSION))
 
 # OpenMP's waiting threads spin briefly (tools/command_line.py), unless the user chose otherwise.
 ifndef OMP_WAIT_POLICY
@@ -21,7 +23,7 @@ setup:
 	  echo "setup: error: Python $(PYTHON_VERSION) is needed, and '$(PYTHON)' is none;" \
 	    "install it or name it: make PYTHON=/path/to/python$(PYTHON_VERSION) $(MAKECMDGOALS)"; exit 1; }
 	@test -f $(VENV)/.mmdet_ce_ready || $(PYTHON) -m venv $(VENV)
-	@$(VENV)/bin/python -W ignore tools/setup_env.py requirements$(VENV:.venv%=%).txt
+	@$(VENV)/bin/python -W ignore tools/setup_env.py $(PINS)
 
 # Train a small CE detector on a generated data set, test it, draw what it finds. The plain network's figures are means
 # of seeds 0, 1, 2 (docs/does_it_help.md).

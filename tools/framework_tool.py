@@ -31,6 +31,7 @@ def run(name: str) -> None:
     tool = folder / '.mim' / 'tools' / name  # in its wheel, else in the clone that it was installed from
     tool = runpy.run_path(str(tool if tool.is_file() else folder.parent / 'tools' / name))
     args = tool['parse_args']()
+    cfg = find_config([args.config])  # another word before it, as of --work-dir, may name a config too
     if cfg is None:
         exit_on_problems([f'config {args.config} not found; python -m mmdet_ce configs lists the shipped ones'])
     args.config = cfg.filename

@@ -120,6 +120,7 @@ def build_mmcv(requirements: Path, folder: Path, built_for: str) -> Path:
 
 def set_up(requirements: Path) -> None:
     """Install everything."""
+    STAMP.unlink(missing_ok=True)  # it would be true again of a set-up for other pins that was interrupted
     check_machine()
     first = ('torch', 'setuptools', 'wheel', 'ninja', 'psutil')
     pip('1/4 torch and build tools', 'install', '-c', str(requirements), *first)

@@ -59,7 +59,7 @@ class CEBackbone(BaseModule):
         for name in kwargs.keys() - known:
             nearest = difflib.get_close_matches(name, known, 1)
             hint = f'; did you mean {nearest[0]!r}?' if nearest else ''
-            if name in inspect.signature(ChannelEquilibrium).parameters:
+            if name != 'in_channels' and name in inspect.signature(ChannelEquilibrium).parameters:
                 hint = f'; write ce_cfg=dict({name}=...)'
             raise TypeError(f'{type(self).__name__} has no argument {name!r}{hint}')
 

@@ -231,8 +231,9 @@ def _covariances(centered: Tensor, means: Tensor, factor: float) -> Tensor:
     if centered.element_size() > 2:
         # With beta = 0 it does not matter what is added, and the factor costs no operation
         return torch.baddbmm(means, centered, centered.mT, beta=0, alpha=factor)
-    # Cut along the positions into equal parts
-    num_parts = math.gcd(centered.shape[2], max(PARTS // max(len(centered), 1), 1))
+    # Cut along the positions into equal parts; torch.compile takes no gcd of a size that changes
+    most = PARTS // max(len(centered), 1)
+    num_parts = 1 if compat.is_compiling() else math.gcd(centered.shape[2], max(most, 1))
     parts = centered.unflatten(2, (num_parts, -1)).transpose(1, 2).flatten(0, 1)
     if _sums_in_float32(centered):
         products = torch.bmm(parts, parts.mT, out_dtype=torch.float32)

@@ -13,6 +13,7 @@ from mmdet_ce import CEResNet, ChannelEquilibrium
 from mmdet_ce.backbones.ce_resnet import CEBottleneck
 from mmdet_ce.compat import FEATURES, TORCH
 from mmdet_ce.layers import block_end
+from mmdet_ce.ops import precision
 
 COMPILE = dict(fullgraph=TORCH >= FEATURES['torch.compile without a graph break'], backend='aot_eager')
 
@@ -70,14 +71,15 @@ def test_compiles_for_a_shortcut_of_unknown_size():
 
 
 @needs('torch.compile without a graph break')
-@pytest.mark.parametrize('training', [True, False])
-def test_compiles_under_autocast(training):
-    """The backward pass is computed in float32, as without torch.compile."""
+@pytest.mark.parametrize('training, on_cuda', [(True, False), (True, True), (False, False)])
+def test_compiles_under_autocast(training, on_cuda, monkeypatch):
+    """The backward pass is computed in float32, as without torch.compile; for sizes that change."""
+    monkeypatch.setattr(precision, 'stays_16_bit', lambda x: on_cuda)
     ce = randomize(ChannelEquilibrium(32)).train(training)
     x = torch.randn(2, 32, 8, 8).bfloat16()
     weights = torch.randn_like(x)
     gradients = []
-    for function in (ce, torch.compile(ce, **COMPILE)):
+    for function in (ce, torch.compile(ce, dynamic=True, **COMPILE)):
         ce.zero_grad()
         with torch.autocast('cpu', dtype=torch.bfloat16):
             out = function(x)

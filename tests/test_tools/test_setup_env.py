@@ -27,17 +27,25 @@ def test_finished_setup_is_not_repeated(tmp_path, monkeypatch):
     setup_env.STAMP.write_text(setup_env.fingerprint(pins))
     monkeypatch.setenv('CXX', 'no-such-compiler')
     assert call(setup_env.main, pins) is None
-    pins.write_text('torch==1.1\n')
-    assert 'no C++ compiler' in call(setup_env.main, pins)
+    for version in ('1.1', '1.0'):  # of which the first was not finished
+        pins.write_text(f'torch=={version}\n')
+        assert 'no C++ compiler' in call(setup_env.main, pins)
 
 
 @pytest.mark.skipif(shutil.which('make') is None, reason='make is not installed')
-@pytest.mark.parametrize('python', ['no-such-python', 'true'])
-def test_missing_python(python):
-    command = ['make', 'setup', 'VERSIONS=newest', f'PYTHON={python}']  # make test-common sets another
+@pytest.mark.parametrize(
+    'argument, message',
+    [
+        ('PYTHON=no-such-python', "Python 3.11 is needed, and 'no-such-python' is none"),
+        ('PYTHON=true', "Python 3.11 is needed, and 'true' is none"),
+        ('VERSIONS=old', 'VERSIONS=old has no requirements-old.txt'),
+    ],
+)
+def test_missing_python_or_pins(argument, message):
+    command = ['make', 'setup', 'VERSIONS=newest', argument]  # make test-common sets another
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2
-    assert f"Python 3.11 is needed, and '{python}' is none" in result.stdout
+    assert message in result.stdout + result.stderr
 
 
 @pytest.mark.parametrize('release, built_for', [('13.0', 'cu13.0-H200'), ('12.4', 'cpu')])

@@ -92,7 +92,7 @@ def test_a_config_is_looked_at_whatever_its_path(name, tmp_path):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     cfg.dump(path)
-    assert "no argument 'ce_evall'" in call(run_train, '--work-dir', 'other', path)
+    assert "no argument 'ce_evall'" in call(run_train, '--work-dir', DEMO.stem, path)
 
 
 # mmengine 0.10.7 selects a GPU in its launchers, with gloo too; on a machine without one there is none to select.
