@@ -68,6 +68,7 @@ def test_installed_package_has_every_config(tmp_path):
     code = (
         'import mmdet_ce.__main__ as m; from mmengine.config import Config\n'
         "paths = [p for p in m.CONFIGS.glob('*/*.py') if p.parent.name != 'imagenet']\n"
+        'assert paths and m.CONFIGS.parts[-3:] == ("site", "mmdet_ce", "configs")\n'
         'for path in paths: Config.fromfile(path)'
     )
     subprocess.run([sys.executable, '-W', 'ignore', '-c', code], cwd=tmp_path, env=env, check=True)

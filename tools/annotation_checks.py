@@ -138,21 +138,28 @@ def data_problems(cfg: Config, splits: Sequence[str]) -> Iterator[str]:
     for split in splits:
         contents = {data.file: data.content for data in readable if data.content and data.place.startswith(split)}
         for place, part in parts_of(cfg, f'{split}_evaluator'):
-            file = part.get('ann_file')
-            if not file or '://' in file or part.get('backend_args'):
-                continue
-            if is_missing(file):
-                yield f'annotation file {file} not found; set {place}.ann_file'
-            elif registered(METRICS, part) is CocoMetric and contents and os.path.getsize(file) <= LARGE:
-                content = contents.get(file) or json.loads(Path(file).read_text())
-                annotations = content.get('annotations', [])
-                if not all('iscrowd' in one for one in annotations):
-                    yield f"{file} has annotations without 'iscrowd', which {place} needs; 0 is a single object"
-                if not all(one['id'] for one in annotations):  # pycocotools marks a match by its id
-                    yield f'{file} has an annotation with id 0, which COCO counts as not found; number them from 1'
-                images = _image_names(content)
-                if not any(_image_names(own) <= images for own in contents.values()):  # each may have its evaluator
-                    yield f'{file} of {place} has other images than {split}_dataloader'
+            yield from _evaluator_faults(split, place, part, contents)
+
+
+def _evaluator_faults(split: str, place: str, part: dict, contents: dict[str, dict]) -> Iterator[str]:
+    """Say what is wrong with an evaluator's file; ``contents`` has those of the split's data sets by their files."""
+    file = part.get('ann_file')
+    if not file or '://' in file or part.get('backend_args'):
+        return
+    if is_missing(file):
+        yield f'annotation file {file} not found; set {place}.ann_file'
+        return
+    if registered(METRICS, part) is not CocoMetric or not contents or os.path.getsize(file) > LARGE:
+        return
+    content = contents.get(file) or json.loads(Path(file).read_text())
+    annotations = content.get('annotations', [])
+    if not all('iscrowd' in one for one in annotations):
+        yield f"{file} has annotations without 'iscrowd', which {place} needs; 0 is a single object"
+    if not all(one['id'] for one in annotations):  # pycocotools marks a match by its id
+        yield f'{file} has an annotation with id 0, which COCO counts as not found; number them from 1'
+    images = _image_names(content)
+    if not any(_image_names(own) <= images for own in contents.values()):  # each may have its evaluator
+        yield f'{file} of {place} has other images than {split}_dataloader'
 
 
 def _image_names(content: dict) -> set[str]:
